@@ -1,0 +1,20 @@
+"""Sparse training for PyTorch: learned thresholds and Gradient Annealing, as passes of torch.compile."""
+
+from autosparse_fx.annealing import GradientAnnealing, param_groups
+from autosparse_fx.config import AutoSparse
+from autosparse_fx.report import SparsityReport, report, sparsity, thresholds
+from autosparse_fx.sparsify import dense_weights, finalize, sparsify
+
+__all__ = [
+    "AutoSparse",
+    "GradientAnnealing",
+    "SparsityReport",
+    "dense_weights",
+    "finalize",
+    "param_groups",
+    "report",
+    "sparsify",
+    "sparsity",
+    "thresholds",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,72 @@
+"""Every private import from torch, each with its reason and the versions that it was seen to work on.
+
+Versions: torch 2.11.0 (the oldest supported) and 2.15.0.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def functorch_is_active() -> bool:
+    """Whether a ``torch.func`` transform (grad, vmap, ...) is running. 2.11-2.15; no public equivalent."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def register_decomposition(op: Any, function: Callable[..., Any]) -> None:
+    """Enter ``op`` in the global decomposition table, from which DTensor derives sharding. 2.11-2.15.
+
+    Inductor copies its own table, so the op stays a single node there.
+    """
+    from torch._decomp import register_decomposition as register
+
+    register([op])(function)
+
+
+def register_lowerings_if_inductor_is_loaded() -> None:
+    """Register the Inductor lowerings, once and only where Inductor has been imported already. 2.11-2.15."""
+    if "torch._inductor.lowering" in sys.modules:
+        import autosparse_fx.lowering  # noqa: F401  (registers on import)
+
+
+def is_sharded_by_fsdp(module: nn.Module, parameter: Tensor) -> bool:
+    """Whether FSDP2 holds this parameter sharded at the moment (between two forwards). 2.11-2.15.
+
+    FSDP2 reads sharded parameters through ``getattr(module, name)`` at lazy initialisation and must get them as
+    they are. The attribute is what ``fully_shard`` sets on every module that it manages.
+    """
+    if not getattr(module, "_is_fsdp_managed_module", False):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(parameter, DTensor)
+
+
+def inductor_lowerings() -> dict[Any, Callable[..., Any]]:
+    """Inductor's table of lowerings, from which ours are composed. 2.11-2.15."""
+    from torch._inductor.lowering import lowerings
+
+    return lowerings  # type: ignore[return-value]
+
+
+def register_inductor_lowering(op: Any, lowering: Callable[..., Any]) -> None:
+    """Enter ``op`` in Inductor's table of lowerings. No type promotion: the ops fix their own dtypes. 2.11-2.15."""
+    from torch._inductor.lowering import register_lowering
+
+    register_lowering(op, type_promotion_kind=None)(lowering)
+
+
+def weak_tensor_ref(tensor: Tensor) -> Callable[[], Tensor | None]:
+    """A weak reference that follows a tensor whose Python object is revived from C++. 2.11-2.15."""
+    from torch.utils.weak import TensorWeakRef
+
+    return TensorWeakRef(tensor)
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that FSDP2 may hold sharded. 2.11-2.15."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()

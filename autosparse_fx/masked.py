@@ -1,0 +1,419 @@
+"""How a module comes to read masked weights: its class becomes a subclass with a property for each masked name.
+
+The parameters stay where they were, under their own names. Beside a weight ``<name>`` its module holds
+``<name>_threshold`` (a float32 parameter of shape ``[1]`` or ``[C]``, a deviation that starts at 0) and
+``<name>_offset`` (a persistent float32 buffer of the same shape, where the logit starts and what steering moves). The
+logit is ``s = offset + scale * threshold``. Reading ``module.<name>`` gives ``threshold_mask(weight, s, alpha)``, so
+that eager code, Dynamo, export and make_fx all see one ``threshold_mask`` node, whatever the module does with it.
+"""
+
+import copyreg
+import functools
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from autosparse_fx import _compat
+from autosparse_fx.config import AutoSparse
+from autosparse_fx.initial import initial_logit
+from autosparse_fx.ops import threshold_mask
+
+ALPHA = "autosparse_alpha"  # the non-persistent buffer, shared by all masked modules of a model on one device
+
+
+class Slot(NamedTuple):
+    """A masked name of a module class; ``axis`` is the dimension of the weight that a per-channel threshold follows."""
+
+    name: str
+    axis: int
+
+    @property
+    def threshold(self) -> str:
+        return f"{self.name}_threshold"
+
+    @property
+    def offset(self) -> str:
+        return f"{self.name}_offset"
+
+
+class _DenseScope:
+    """How many ``dense_weights`` contexts are open. A copy made inside one leaves it together with its original."""
+
+    depth = 0
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "_DenseScope":
+        return self if self.depth else _DenseScope()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _DenseScope, ()
+
+
+@dataclass(eq=False)
+class Plan:
+    """What one ``sparsify`` decided; shared by all modules that it masked, copied and pickled with them."""
+
+    config: AutoSparse
+    skipped: dict[str, str] = field(default_factory=dict)  # full name -> reason
+    tied_embeddings: list[str] = field(default_factory=list)
+    scope: _DenseScope = field(default_factory=_DenseScope)
+    warned_of_dense_checkpoint: bool = False
+    annealed_steps: int = 0
+
+
+@dataclass(eq=False)
+class MaskedWeight:
+    """The settings of one masked tensor; modules that share the tensor share this object."""
+
+    name: str  # the full name that it had in ``sparsify``
+    config: AutoSparse  # of the rule that applies
+    provisional: bool = False  # threshold_init="auto" was computed without the weights' values
+
+
+@dataclass(eq=False)
+class ModuleState:
+    """What a masked module carries in ``_autosparse``."""
+
+    plan: Plan
+    weights: dict[str, MaskedWeight]
+
+
+class MaskedModule:
+    """Marker and shared behaviour of the classes that :func:`masked_class` makes; mixed in before the original."""
+
+    _autosparse: ModuleState
+    _autosparse_base: type[nn.Module]
+    _autosparse_slots: tuple[Slot, ...]
+    _autosparse_scale: float
+
+    def logit(self, slot: Slot) -> Tensor:
+        """Return ``s = offset + scale * threshold``, shaped ``[1]``, or ``[C, 1, ...]`` for per-channel thresholds."""
+        module: Any = self
+        threshold: Tensor = module._parameters[slot.threshold]
+        if _compat.is_sharded_by_fsdp(module, threshold):
+            threshold = _compat.full_tensor(threshold)
+        s = module._buffers[slot.offset] + self._autosparse_scale * threshold
+        if s.shape[0] != 1:
+            dims = module._parameters[slot.name].dim()
+            s = s.view([-1 if d == slot.axis else 1 for d in range(dims)])
+        return s
+
+    def masked_weight(self, slot: Slot) -> Tensor:
+        """Return what ``self.<name>`` reads: the masked weight, or the parameter itself where it must be dense."""
+        module: Any = self
+        weight: Tensor = module._parameters[slot.name]
+        if (
+            module._parameters.get(slot.threshold) is None
+            or self._autosparse.plan.scope.depth > 0
+            or _compat.is_sharded_by_fsdp(module, weight)
+        ):
+            return weight
+        if torch.compiler.is_compiling():
+            return threshold_mask(weight, self.logit(slot), module._buffers[ALPHA])
+        memo = _reads.memo
+        key = (id(weight), torch.is_grad_enabled())
+        if memo is not None and key in memo:
+            return memo[key][1]
+        masked = threshold_mask(weight, self.logit(slot), module._buffers[ALPHA])
+        if memo is not None:
+            memo[key] = (weight, masked)  # holding the weight keeps its id from being used again
+        return masked
+
+    def masked_value(self, slot: Slot) -> Tensor:
+        """Return the masked weight wherever it is read from, gathered where FSDP2 holds it sharded."""
+        module: Any = self
+        weight = _compat.full_tensor(module._parameters[slot.name])
+        return threshold_mask(weight, self.logit(slot), module._buffers[ALPHA])
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = super().__reduce_ex__(max(int(protocol), 2))
+        if isinstance(reduced, tuple) and reduced[0] is copyreg.__newobj__ and reduced[1] == (type(self),):  # type: ignore[attr-defined]
+            cls = type(self)
+            if "_autosparse_slots" in cls.__dict__:  # not a class that FSDP or parametrize derived from ours
+                make = (cls._autosparse_base, cls._autosparse_slots, cls._autosparse_scale)
+                return (_new_masked_module, make, *reduced[2:])
+        return reduced
+
+    def __delattr__(self, name: str) -> None:
+        if any(slot.name == name for slot in self._autosparse_slots):
+            raise RuntimeError(
+                f"{_describe(self, name)} is masked by autosparse_fx and cannot be removed, parametrized, normalised, "
+                "pruned or flattened (FSDP1): do that before sparsify, or finalize the model first; to shard a "
+                "prepared model use FSDP2 (fully_shard)"
+            )
+        super().__delattr__(name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        for slot in self._autosparse_slots:
+            if name in (f"{slot.name}_orig", f"{slot.name}_g", f"{slot.name}_v"):
+                raise RuntimeError(
+                    f"{_describe(self, slot.name)} is masked by autosparse_fx and cannot be pruned or normalised by "
+                    "torch.nn.utils as well: do that before sparsify, or finalize the model first"
+                )
+        super().register_parameter(name, param)  # type: ignore[misc]
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise RuntimeError(
+            "autosparse_fx does not support torch.nn.DataParallel, whose replicas hold no parameters: "
+            "use torch.nn.parallel.DistributedDataParallel"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move thresholds, offsets and alpha along, but keep them in float32 and shared where they were shared."""
+        module: Any = self
+        held = {id(t): t for t in self._own_state()}
+        was_meta = [slot for slot in self._autosparse_slots if _is_meta(module._parameters.get(slot.threshold))]
+
+        def keep_float32(t: Tensor) -> Tensor:
+            return _moved(t, fn(t)) if id(t) in held else fn(t)
+
+        module = super()._apply(keep_float32, recurse)  # type: ignore[misc]
+        for slot in was_meta:
+            if not _is_meta(module._parameters[slot.threshold]):
+                reset_mask(module, slot)
+        return module
+
+    def _own_state(self) -> Iterator[Tensor]:
+        module: Any = self
+        for slot in self._autosparse_slots:
+            threshold = module._parameters.get(slot.threshold)
+            if threshold is not None:
+                yield threshold
+                if threshold.grad is not None:
+                    yield threshold.grad
+                yield module._buffers[slot.offset]
+        if module._buffers.get(ALPHA) is not None:
+            yield module._buffers[ALPHA]
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        dense = []
+        for slot in self._autosparse_slots:
+            found = [key for key in (slot.threshold, slot.offset) if prefix + key in state_dict]
+            if prefix + slot.name in state_dict and not found:
+                dense.append(slot)
+            elif len(found) == 1:
+                (lost,) = {slot.threshold, slot.offset} - set(found)
+                error_msgs.append(
+                    f"{prefix}{lost} is missing although {prefix}{found[0]} is there: a sparse state_dict has both, "
+                    "a dense one has neither; save the whole model.state_dict()"
+                )
+        super()._load_from_state_dict(  # type: ignore[misc]
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        for slot in dense:
+            for key in (slot.threshold, slot.offset):
+                if prefix + key in missing_keys:
+                    missing_keys.remove(prefix + key)
+            reset_mask(self, slot)
+        plan = self._autosparse.plan
+        if dense and not plan.warned_of_dense_checkpoint:
+            plan.warned_of_dense_checkpoint = True
+            warnings.warn(
+                f"this state_dict has no thresholds for {prefix}{dense[0].name} (a dense checkpoint?): they start "
+                "from their initial values, here and wherever else they are missing",
+                stacklevel=2,
+            )
+
+
+class _MaskedRNN(MaskedModule):
+    """A recurrent layer, which hands a list of its weights to one fused kernel, and caches that list."""
+
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:
+        return [getattr(self, name, None) for name in self._flat_weights_names]  # type: ignore[attr-defined]
+
+    @_flat_weights.setter
+    def _flat_weights(self, value: object) -> None:
+        pass  # derived from the parameters at every read
+
+    def __setattr__(self, name: str, value: object) -> None:
+        nn.Module.__setattr__(self, name, value)  # type: ignore[arg-type]  # without updating the list
+
+    def _weights_have_changed(self) -> bool:
+        return False
+
+    def flatten_parameters(self) -> None:
+        pass  # it would flatten the masked copies
+
+
+class _Reads(threading.local):
+    memo: dict[tuple[int, bool], tuple[Tensor, Tensor]] | None = None
+
+
+_reads = _Reads()
+
+
+def _masking_once(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``forward`` so that, in eager mode, each weight that it reads is masked once, however often it reads it."""
+
+    @functools.wraps(forward)
+    def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or _reads.memo is not None:
+            return forward(self, *args, **kwargs)
+        _reads.memo = {}
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            _reads.memo = None
+
+    return wrapper
+
+
+def _property(slot: Slot) -> property:
+    def read(self: MaskedModule) -> Tensor:
+        try:
+            return self.masked_weight(slot)
+        except AttributeError as error:  # nn.Module.__getattr__ would answer with the dense parameter
+            raise RuntimeError(f"autosparse_fx could not mask {_describe(self, slot.name)}: {error}") from error
+
+    def write(self: MaskedModule, value: object) -> None:
+        raise RuntimeError(
+            f"{_describe(self, slot.name)} is masked by autosparse_fx: assign a torch.nn.Parameter, which becomes the "
+            "stored weight, or write inside `with autosparse_fx.dense_weights(model):`"
+        )
+
+    return property(read, write, doc=f"The masked {slot.name}; the stored one is in parameters().")
+
+
+def _refuse_reset(self: MaskedModule, *args: object, **kwargs: object) -> None:
+    if self._autosparse.plan.scope.depth == 0:
+        raise RuntimeError(
+            f"{type(self).__name__}.reset_parameters() would write to masked copies of its weights: call it inside "
+            "`with autosparse_fx.dense_weights(model):`"
+        )
+    self._autosparse_base.reset_parameters(self, *args, **kwargs)  # type: ignore[operator]
+
+
+@functools.cache
+def masked_class(base: type[nn.Module], slots: tuple[Slot, ...], scale: float) -> type[nn.Module]:
+    """Return the subclass of ``base`` that reads the names in ``slots`` masked; one for all modules alike, so that
+    they share compiled code."""
+    mixin = _MaskedRNN if issubclass(base, nn.RNNBase) and slots else MaskedModule
+    namespace: dict[str, Any] = {slot.name: _property(slot) for slot in slots}
+    namespace |= {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__jit_unused_properties__": [
+            *getattr(base, "__jit_unused_properties__", []),
+            *namespace,
+            *(["_flat_weights"] if mixin is _MaskedRNN else []),
+        ],
+        "_autosparse_base": base,
+        "_autosparse_slots": slots,
+        "_autosparse_scale": scale,
+        "forward": _masking_once(base.forward),
+    }
+    if slots and hasattr(base, "reset_parameters"):
+        namespace["reset_parameters"] = _refuse_reset
+    return type(base)(base.__name__, (mixin, base), namespace)
+
+
+def _new_masked_module(base: type[nn.Module], slots: tuple[Slot, ...], scale: float) -> nn.Module:
+    cls = masked_class(base, slots, scale)
+    return cls.__new__(cls)
+
+
+def attach(
+    module: nn.Module, slot: Slot, weight: MaskedWeight, plan: Plan, threshold: nn.Parameter, offset: Tensor, alpha: Tensor
+) -> None:
+    """Make ``module`` read ``slot.name`` masked by ``threshold`` and ``offset``."""
+    if isinstance(module, MaskedModule):
+        slots = tuple(s for s in module._autosparse_slots if s.name != slot.name)
+        module._autosparse.weights[slot.name] = weight
+    else:
+        slots = ()
+        module._autosparse = ModuleState(plan, {slot.name: weight})  # type: ignore[assignment]
+    remask(module, (*slots, slot), plan)
+    module._parameters[slot.threshold] = threshold
+    module._buffers[slot.offset] = offset
+    module._buffers[ALPHA] = alpha
+    module._non_persistent_buffers_set.add(ALPHA)
+
+
+def remask(module: nn.Module, slots: tuple[Slot, ...], plan: Plan) -> None:
+    """Set the class of ``module`` to the masked class of its original class for ``slots``."""
+    base = module._autosparse_base if isinstance(module, MaskedModule) else type(module)
+    if not hasattr(module, "_autosparse"):
+        module._autosparse = ModuleState(plan, {})  # type: ignore[assignment]
+    module.__dict__.pop("_flat_weights", None)
+    module.__class__ = masked_class(base, slots, plan.config.threshold_scale)
+
+
+def detach(module: nn.Module) -> None:
+    """Undo :func:`attach`: the original class, no thresholds, no offsets."""
+    assert isinstance(module, MaskedModule)
+    for slot in module._autosparse_slots:
+        module._parameters.pop(slot.threshold, None)
+        module._buffers.pop(slot.offset, None)
+        module._non_persistent_buffers_set.discard(slot.offset)
+    module._buffers.pop(ALPHA, None)
+    module._non_persistent_buffers_set.discard(ALPHA)
+    del module.__dict__["_autosparse"]
+    module.__class__ = module._autosparse_base
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()
+        module.flatten_parameters()
+
+
+def reset_mask(module: Any, slot: Slot) -> None:
+    """Set threshold, offset and alpha of one weight to their initial values, in place."""
+    weight: MaskedWeight = module._autosparse.weights[slot.name]
+    parameter = module._parameters[slot.name]
+    threshold, offset, alpha = module._parameters[slot.threshold], module._buffers[slot.offset], module._buffers[ALPHA]
+    if threshold.is_meta:
+        return
+    with torch.no_grad():
+        threshold.zero_()
+        logit, weight.provisional = initial_logit(parameter, weight.config.threshold_init, slot.axis)
+        offset.fill_(logit)
+        alpha.fill_(module._autosparse.plan.config.alpha)
+
+
+def masked_modules(model: nn.Module) -> list[tuple[str, Any]]:
+    """The modules of ``model`` that read masked weights, each once, with their names."""
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, MaskedModule)]
+
+
+def _describe(module: Any, name: str) -> str:
+    state = module.__dict__.get("_autosparse")
+    weight = state.weights.get(name) if state is not None else None
+    parameter = module._parameters.get(name)
+    shape = "" if parameter is None else f" {list(parameter.shape)}"
+    return f"weight '{weight.name if weight is not None else name}'{shape} of {type(module).__name__}"
+
+
+def _is_meta(t: Tensor | None) -> bool:
+    return t is not None and t.is_meta
+
+
+# Where thresholds' state was moved to: tensors that were shared before `.to()`, which handles each module's buffers by
+# themselves, are shared after it too.
+_new_home = WeakTensorKeyDictionary()
+
+
+def _moved(t: Tensor, out: Tensor) -> Tensor:
+    if out.dtype.itemsize < 4 or (t.dim() == 0 and out.dtype != t.dtype):
+        out = t.to(device=out.device)
+    if out is t or isinstance(t, nn.Parameter):
+        return out
+    home = _new_home.get(t)
+    there: Tensor | None = home() if home is not None else None
+    if there is not None and there.device == out.device and there.dtype == out.dtype:
+        return there
+    _new_home[t] = _compat.weak_tensor_ref(out)
+    return out

@@ -1,0 +1,188 @@
+"""The two operators that every pass, graph and kernel of this package speaks about.
+
+``autosparse::threshold_mask(weight, threshold, alpha)`` is the threshold-mask node: the soft threshold
+``sign(w) * relu(|w| - g(s))`` with ``g = sigmoid`` (STR, arXiv:2002.03231, section 3; AutoSparse, arXiv:2304.06941).
+``autosparse::anneal_gradient(grad, weight, threshold, alpha)`` is the GA-gradient node: its backward, in which the
+derivative of the relu is 1 for a weight that is kept and ``alpha`` for one that is masked (Gradient Annealing).
+
+Both stay single nodes in the Dynamo, joint, forward and backward graphs. Inductor lowers them to pointwise and
+reduction IR (see ``lowering.py``), so that they fuse with their neighbours.
+"""
+
+import torch
+from torch import Tensor
+
+from autosparse_fx import _compat
+
+__all__ = ["anneal_gradient", "threshold_mask"]
+
+_library = torch.library.Library("autosparse", "DEF")
+_library.define(
+    "threshold_mask(Tensor weight, Tensor threshold, Tensor alpha) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "anneal_gradient(Tensor grad, Tensor weight, Tensor threshold, Tensor alpha) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def threshold_mask(weight: Tensor, threshold: Tensor, alpha: Tensor) -> Tensor:
+    """Return the masked weight ``w - clamp(w, -g(s), g(s))``, whose gradient is annealed by ``alpha``.
+
+    Zeros are +0 and NaN is passed on. The value does not depend on ``alpha``; the gradients do::
+
+        dw = G * h              h = 1 where |w| > g(s), else alpha
+        ds = -g'(s) * sum(G * sign(w) * h)      summed over what s is broadcast over
+
+    Args:
+        weight: floating-point tensor of any shape, strides and device.
+        threshold: float32 or float64 logits ``s`` that broadcast to ``weight``: ``[1]``, or ``[C, 1, ...]``.
+        alpha: 0-d float32 tensor in [0, 1] on the device of ``weight``; gets no gradient.
+
+    Returns:
+        A new tensor with the shape, dtype and (dense) strides of ``weight``.
+
+    Raises:
+        TypeError: if ``weight`` is not real floating-point, or ``threshold`` is neither float32 nor float64.
+    """
+    if not torch.compiler.is_compiling() and _compat.functorch_is_active():
+        # torch.func and vmap do not run a library op's autograd formula; the same values and gradients, op by op.
+        return _threshold_mask_by_autograd(weight, threshold, alpha)
+    return torch.ops.autosparse.threshold_mask.default(weight, threshold, alpha)  # type: ignore[no-any-return]
+
+
+def anneal_gradient(grad: Tensor, weight: Tensor, threshold: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``(dw, ds)``, the gradients of :func:`threshold_mask` for the incoming gradient ``grad``.
+
+    Args:
+        grad: gradient of the masked weight, of the shape of ``weight``.
+        weight, threshold, alpha: as given to :func:`threshold_mask`.
+
+    Returns:
+        ``dw`` with the shape and dtype of ``weight``, and ``ds`` with those of ``threshold``.
+    """
+    return torch.ops.autosparse.anneal_gradient.default(grad, weight, threshold, alpha)  # type: ignore[no-any-return]
+
+
+def _check(weight: Tensor, threshold: Tensor) -> None:
+    if not weight.is_floating_point():
+        raise TypeError(f"autosparse: a weight must be real floating-point to be masked, got {weight.dtype}")
+    if threshold.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"autosparse: thresholds must be float32 or float64, got {threshold.dtype}")
+
+
+def _compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype that masks are computed in: that of the weight, but float32 at least."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def threshold_mask_decomposition(weight: Tensor, threshold: Tensor, alpha: Tensor) -> Tensor:
+    """``threshold_mask`` in ATen: the eager kernel, the fake kernel, and the decomposition for export and DTensor."""
+    _check(weight, threshold)
+    dtype = _compute_dtype(weight)
+    w = weight.to(dtype)
+    cut = torch.sigmoid(threshold.to(dtype))
+    return (w - torch.clamp(w, -cut, cut)).to(weight.dtype)
+
+
+def anneal_gradient_decomposition(
+    grad: Tensor, weight: Tensor, threshold: Tensor, alpha: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``anneal_gradient`` in ATen."""
+    _check(weight, threshold)
+    dtype = _compute_dtype(weight)
+    w = weight.to(dtype)
+    grad = grad.to(dtype)
+    cut = torch.sigmoid(threshold.to(dtype))
+    annealed = torch.where(w.abs() > cut, grad, alpha.to(dtype) * grad)
+    total = _sum_to(annealed * torch.sign(w), threshold)
+    return annealed.to(weight.dtype), (-cut * (1 - cut) * total).to(threshold.dtype)
+
+
+def broadcast_dims(shape: tuple[int, ...], threshold_shape: tuple[int, ...]) -> tuple[list[int], int]:
+    """Return the dimensions of ``shape`` that a threshold is broadcast over, and how many of them it lacks."""
+    lacking = len(shape) - len(threshold_shape)
+    dims = [d for d in range(len(shape)) if d < lacking or threshold_shape[d - lacking] == 1]
+    return dims, lacking
+
+
+def _sum_to(x: Tensor, threshold: Tensor) -> Tensor:
+    dims, lacking = broadcast_dims(tuple(x.shape), tuple(threshold.shape))
+    total = x.sum(dim=dims, keepdim=True) if dims else x
+    return total.squeeze(tuple(range(lacking))) if lacking else total
+
+
+def _threshold_mask_by_autograd(weight: Tensor, threshold: Tensor, alpha: Tensor) -> Tensor:
+    """``threshold_mask`` as a composition whose ordinary autograd gives the annealed gradients."""
+    dtype = _compute_dtype(weight)
+    w = weight.to(dtype)
+    cut = torch.sigmoid(threshold.to(dtype))
+    x = w - torch.sign(w).detach() * cut
+    masked = torch.where(w.abs() > cut, x, alpha.detach().to(dtype) * (x - x.detach()))
+    return masked.to(weight.dtype)
+
+
+def _threshold_mask_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs)
+
+
+def _threshold_mask_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    weight, threshold, alpha = ctx.saved_tensors
+    return *anneal_gradient(grad, weight, threshold, alpha), None
+
+
+def _anneal_gradient_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs)
+
+
+def _anneal_gradient_backward(ctx, grad_dw, grad_ds):  # type: ignore[no-untyped-def]
+    """Double backward: linear in ``grad``; the weight is piecewise constant in both outputs and gets none."""
+    grad, weight, threshold, alpha = ctx.saved_tensors
+    dtype = _compute_dtype(weight)
+    w, s = weight.to(dtype), threshold.to(dtype)
+    cut = torch.sigmoid(s)
+    slope = torch.where(w.abs() > cut, torch.ones_like(w), alpha.to(dtype))
+    d_cut = cut * (1 - cut)
+    sign = torch.sign(w)
+    grad_grad = slope * (grad_dw.to(dtype) - sign * d_cut * grad_ds.to(dtype))
+    total = _sum_to(grad.to(dtype) * sign * slope, threshold)
+    grad_threshold = -d_cut * (1 - 2 * cut) * total * grad_ds.to(dtype)
+    return grad_grad.to(grad.dtype), None, grad_threshold.to(threshold.dtype), None
+
+
+for _name, _decomposition in (
+    ("threshold_mask", threshold_mask_decomposition),
+    ("anneal_gradient", anneal_gradient_decomposition),
+):
+    _library.impl(_name, _decomposition, "CompositeExplicitAutograd")
+
+
+def _fake(decomposition):  # type: ignore[no-untyped-def]
+    """The fake kernel of an op: its decomposition, run on fake tensors, which makes shapes and strides exact.
+
+    It is also where the Inductor lowerings are registered: a fake kernel runs in every trace, after Inductor (if it
+    is Inductor that traces) was imported and before it lowers, and importing this package stays cheap.
+    """
+
+    def fake(*args: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        _compat.register_lowerings_if_inductor_is_loaded()
+        return decomposition(*args)  # type: ignore[no-any-return]
+
+    return fake
+
+
+torch.library.register_fake(
+    "autosparse::threshold_mask", _fake(threshold_mask_decomposition), lib=_library, allow_override=False
+)
+torch.library.register_fake(
+    "autosparse::anneal_gradient", _fake(anneal_gradient_decomposition), lib=_library, allow_override=False
+)
+torch.library.register_autograd(
+    "autosparse::threshold_mask", _threshold_mask_backward, setup_context=_threshold_mask_setup, lib=_library
+)
+torch.library.register_autograd(
+    "autosparse::anneal_gradient", _anneal_gradient_backward, setup_context=_anneal_gradient_setup, lib=_library
+)
+_compat.register_decomposition(torch.ops.autosparse.threshold_mask.default, threshold_mask_decomposition)
+_compat.register_decomposition(torch.ops.autosparse.anneal_gradient.default, anneal_gradient_decomposition)

@@ -1,0 +1,156 @@
+"""Which parameters of a model are masked, and why the others are not."""
+
+import sys
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from autosparse_fx.config import AutoSparse, matches
+from autosparse_fx.masked import Slot
+
+# Suffixes under which torch.nn.utils keeps a weight that it owns.
+_OWNED = {"_orig": "torch.nn.utils.prune", "_g": "torch.nn.utils.weight_norm", "_v": "torch.nn.utils.weight_norm"}
+
+
+@dataclass(eq=False)
+class Candidate:
+    """One parameter tensor with every place that holds it."""
+
+    parameter: nn.Parameter
+    names: list[str] = field(default_factory=list)
+    holders: list[tuple[nn.Module, str]] = field(default_factory=list)  # (module, name on it), each module once
+    axis: int | None = None  # the channel axis of the layer that multiplies by it; None where none is known to
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+
+@dataclass
+class Selection:
+    """The outcome: what to mask with which configuration, and what is left dense for which reason."""
+
+    chosen: list[tuple[Candidate, AutoSparse]] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    tied_embeddings: list[str] = field(default_factory=list)
+
+
+def layer_weights(module: nn.Module) -> list[Slot]:
+    """The parameters that a module of a known class multiplies by, with the axis of their output channels."""
+    if isinstance(module, _ConvNd):
+        return [Slot("weight", 1 if isinstance(module, _ConvTransposeNd) else 0)]
+    if isinstance(module, (nn.Linear, nn.Bilinear)):
+        return [Slot("weight", 0)]
+    if isinstance(module, nn.MultiheadAttention):
+        return [Slot(name, 0) for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")]
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        return [Slot(name, 0) for name in module._parameters if name.startswith("weight_")]
+    transformers = sys.modules.get("transformers.pytorch_utils")
+    if transformers is not None and isinstance(module, transformers.Conv1D):
+        return [Slot("weight", 1)]  # stored [in, out]
+    return []
+
+
+def collect(model: nn.Module) -> list[Candidate]:
+    """Every parameter of ``model`` once, in order, with its aliases, its holders and what is known of its use."""
+    candidates: dict[int, Candidate] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        axes = {slot.name: slot.axis for slot in layer_weights(module)}
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            candidate = candidates.setdefault(id(parameter), Candidate(parameter))
+            candidate.names.append(f"{prefix}.{name}" if prefix else name)
+            if not any(holder is module and held == name for holder, held in candidate.holders):
+                candidate.holders.append((module, name))
+            if name in axes:
+                candidate.axis = axes[name]
+    return list(candidates.values())
+
+
+def select(model: nn.Module, config: AutoSparse, used: dict[int, int] | None = None) -> Selection:
+    """Decide what to mask. ``used`` maps ids of parameters that a captured graph multiplies by to their channel axes.
+
+    Raises:
+        ValueError: if a rule matches no parameter, or configures only parameters that are not masked, if a lazy
+            module is not yet initialised, or if nothing is left to mask.
+        TypeError: if a weight is not real floating-point, or of a tensor subclass (quantized, ...).
+    """
+    selection = Selection()
+    candidates = collect(model)
+    matched: dict[str, list[Candidate]] = {
+        pattern: [c for c in candidates if any(matches(pattern, name) for name in c.names)] for pattern in config.rules
+    }
+    for pattern, found in matched.items():
+        if not found:
+            names = ", ".join(c.name for c in candidates if c.axis is not None) or "none"
+            raise ValueError(f"AutoSparse.rules: {pattern!r} matches no parameter of the model; its weights are {names}")
+    for candidate in candidates:
+        axis = candidate.axis if used is None else used.get(id(candidate.parameter), candidate.axis)
+        if axis is None:
+            selection.skipped[candidate.name] = _reason(candidate)
+            continue
+        pattern, rule = config.rule_for(candidate.names)
+        if rule is None:
+            selection.skipped[candidate.name] = f"left dense by the rule {pattern!r}"
+            continue
+        _check_tensor(candidate)
+        candidate.axis = axis
+        selection.chosen.append((candidate, rule))
+        if any(isinstance(module, nn.Embedding) for module, _ in candidate.holders):
+            selection.tied_embeddings.append(candidate.name)
+    chosen = {id(candidate) for candidate, _ in selection.chosen}
+    for pattern, found in matched.items():
+        if config.rules[pattern] is not None and not any(id(c) in chosen for c in found):
+            reasons = ", ".join(f"{c.name} ({selection.skipped.get(c.name, 'another rule came first')})" for c in found)
+            raise ValueError(f"AutoSparse.rules: {pattern!r} matches only parameters that are not masked: {reasons}")
+    if not selection.chosen:
+        raise ValueError(
+            f"{type(model).__name__} has no weights to mask: "
+            + (", ".join(f"{name} ({why})" for name, why in selection.skipped.items()) or "it has no parameters")
+            + ". If its own code multiplies by them, pass example_inputs to sparsify"
+        )
+    return selection
+
+
+def _check_tensor(candidate: Candidate) -> None:
+    p = candidate.parameter
+    if isinstance(p, nn.parameter.UninitializedTensorMixin):
+        raise ValueError(
+            f"weight '{candidate.name}' belongs to a lazy module that has not seen an input yet: run one forward "
+            "pass of the model before sparsify"
+        )
+    if not p.is_floating_point():
+        raise TypeError(
+            f"weight '{candidate.name}' {list(p.shape)} is {p.dtype}, and only real floating-point weights can be masked: "
+            f"sparsify before quantizing, or leave it dense with rules={{{candidate.name!r}: None}}"
+        )
+    if type(p) is not nn.Parameter and not _is_dtensor(p):
+        raise TypeError(
+            f"weight '{candidate.name}' {list(p.shape)} is a {type(p).__name__}: sparsify before converting it, or leave "
+            f"it dense with rules={{{candidate.name!r}: None}}"
+        )
+
+
+def _is_dtensor(p: Tensor) -> bool:
+    return torch.distributed.is_available() and type(p).__name__ == "DTensor"
+
+
+def _reason(candidate: Candidate) -> str:
+    """Why a parameter that no known layer multiplies by is left dense."""
+    for module, name in candidate.holders:
+        kind = type(module).__name__
+        if kind == "ParametrizationList":
+            return "owned by torch.nn.utils.parametrize"
+        for suffix, owner in _OWNED.items():
+            if name.endswith(suffix) and name.removesuffix(suffix) in {s.name for s in layer_weights(module)}:
+                return f"owned by {owner}"
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            return "an embedding"
+        if "Norm" in kind:
+            return "a normalization"
+        if "bias" in name:
+            return "a bias"
+    return "no known layer multiplies by it (pass example_inputs to look for its use)"

@@ -1,0 +1,262 @@
+"""sparsify, finalize and dense_weights: the life of a sparse model, from dense to dense."""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from autosparse_fx.config import AutoSparse
+from autosparse_fx.initial import initial_logit
+from autosparse_fx.masked import (
+    ALPHA,
+    MaskedModule,
+    MaskedWeight,
+    Plan,
+    Slot,
+    attach,
+    detach,
+    masked_class,
+    masked_modules,
+    remask,
+)
+from autosparse_fx.registry import remember
+from autosparse_fx.report import group_sparsities
+from autosparse_fx.selection import collect, select
+
+__all__ = ["dense_weights", "finalize", "sparsify"]
+
+log = logging.getLogger(__name__)
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+# Modules that read the weights of their children more than once in a forward.
+_READS_CHILDREN = (nn.TransformerEncoderLayer,)
+TOLERANCE = 0.005  # of a reached sparsity, as a fraction
+
+
+def sparsify(
+    model: ModuleT,
+    config: AutoSparse | None = None,
+    *,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | Tensor | None = None,
+) -> ModuleT:
+    """Prepare ``model`` for sparse training, in place, and return it.
+
+    Every weight that a known layer multiplies by (convolutions, linear, bilinear, attention and recurrent layers) gets
+    a learned threshold and is masked wherever it is read. The model keeps its classes, its parameter names and its
+    methods; ``state_dict()`` gains ``<name>_threshold`` and ``<name>_offset`` for each masked weight.
+
+    Args:
+        model: any module, on any device, the meta device included.
+        config: what to make sparse and how; 80 % sparsity by default.
+        example_inputs: arguments of one call of the model (a tensor, a tuple, or a dict of keyword arguments). With
+            them, parameters that the model's own code multiplies by (``F.linear``, ``torch.einsum``, ``@``, ...) are
+            found in the captured graphs and masked as well. The model runs once, without gradients; its buffers and
+            the random state are restored.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        TypeError, ValueError: if a rule matches nothing, a weight cannot be masked, nothing is left to mask, or the
+            model was prepared with another configuration. The model is then unchanged.
+    """
+    config = AutoSparse() if config is None else config
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"sparsify takes a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(config, AutoSparse):
+        raise TypeError(f"sparsify takes an autosparse_fx.AutoSparse as its configuration, got {type(config).__name__}")
+    _refuse_wrappers(model)
+    prepared = masked_modules(model)
+    if prepared:
+        name, module = prepared[0]
+        if module._autosparse.plan.config == config:
+            return model
+        raise ValueError(
+            f"the model is sparse already ('{name}' was prepared with {module._autosparse.plan.config}): finalize it "
+            "before preparing it with another configuration"
+        )
+    used = None
+    if example_inputs is not None:
+        from autosparse_fx.capture import multiplied_parameters
+
+        used = multiplied_parameters(model, example_inputs)
+    selection = select(model, config, used)
+    for candidate, _ in selection.chosen:
+        for module, name in candidate.holders:
+            for new in (f"{name}_threshold", f"{name}_offset", ALPHA):
+                if hasattr(module, new):
+                    raise ValueError(f"{type(module).__name__} that holds '{candidate.name}' has an attribute '{new}' already")
+    plan = Plan(config, dict(selection.skipped), list(selection.tied_embeddings))
+
+    # Everything that can fail comes before the first change.
+    alphas: dict[torch.device, Tensor] = {}
+    prepared_masks = []
+    for candidate, rule in selection.chosen:
+        assert candidate.axis is not None
+        for module, name in candidate.holders:
+            masked_class(type(module), (Slot(name, candidate.axis),), config.threshold_scale)
+        weight = MaskedWeight(candidate.name, rule)
+        alpha = _shared_alpha(alphas, candidate.parameter.device, config.alpha)
+        prepared_masks.append((candidate, weight, *_new_mask(candidate.parameter, candidate.axis, weight), alpha))
+    for candidate, weight, threshold, offset, alpha in prepared_masks:
+        for module, name in candidate.holders:
+            attach(module, Slot(name, candidate.axis or 0), weight, plan, threshold, offset, alpha)
+    for module in model.modules():
+        if isinstance(module, _READS_CHILDREN) and not isinstance(module, MaskedModule):
+            remask(module, (), plan)
+    remember(model.parameters())
+    log.info("sparsify: %d weights masked, %d left dense", len(selection.chosen), len(selection.skipped))
+    return model
+
+
+def finalize(model: ModuleT) -> ModuleT:
+    """Turn a sparse model back into a plain one, in place, with real zeros in its weights, and return it.
+
+    The modules get their original classes, the state_dict the dense model's exact keys; thresholds, offsets and alpha
+    are gone. The parameters stay the same objects, and the output of the model stays the same to the last bit. Nothing
+    enforces the zeros from then on.
+
+    Warns:
+        UserWarning: if a target sparsity was missed by more than half a point, or no annealer ever stepped.
+
+    Raises:
+        ValueError: if nothing in ``model`` is sparse.
+        RuntimeError: if a masked module was wrapped by FSDP2 or parametrized meanwhile; the model is then unchanged.
+    """
+    modules = masked_modules(model)
+    if not modules:
+        raise ValueError(f"{type(model).__name__} is not sparse: there is nothing to finalize (was it finalized before?)")
+    for name, module in modules:
+        if "_autosparse_slots" not in type(module).__dict__:
+            raise RuntimeError(
+                f"the class of '{name}' was changed to {type(module).__mro__[0]} after sparsify (by fully_shard or "
+                "parametrize?): finalize a plain copy of the model that has loaded the full state_dict"
+            )
+    _warn_of_missed_targets(model, modules)
+    done: set[int] = set()
+    with torch.no_grad():
+        for _, module in modules:
+            for slot in module._autosparse_slots:
+                parameter = module._parameters[slot.name]
+                if id(parameter) not in done:
+                    done.add(id(parameter))
+                    parameter.copy_(module.masked_value(slot))
+    for _, module in modules:
+        detach(module)
+    return model
+
+
+@contextlib.contextmanager
+def dense_weights(model: ModuleT) -> Iterator[ModuleT]:
+    """Within this context every masked name of ``model`` reads as the stored parameter, and can be written.
+
+    For everything that initialises, ties, resizes or fuses weights: ``torch.nn.init``, ``reset_parameters()``, ``.data``,
+    ``fuse_conv_bn_eval``, Hugging Face's ``tie_weights`` and ``resize_token_embeddings``. On leaving, weights that were
+    tied share one threshold, those that were untied have their own, per-channel thresholds follow a changed number of
+    channels, and a module that replaced a masked one at the same name is masked in its place.
+
+    A model that is not sparse passes through unchanged.
+    """
+    modules = masked_modules(model)
+    plans = {id(m._autosparse.plan): m._autosparse.plan for _, m in modules}
+    before = {
+        f"{prefix}.{slot.name}" if prefix else slot.name: (module, slot)
+        for prefix, module in modules
+        for slot in module._autosparse_slots
+    }
+    for plan in plans.values():
+        plan.scope.depth += 1
+    try:
+        yield model
+    finally:
+        for plan in plans.values():
+            plan.scope.depth -= 1
+        if before and not any(plan.scope.depth for plan in plans.values()):
+            _reconcile(model, before)
+
+
+def _reconcile(model: nn.Module, before: dict[str, tuple[Any, Slot]]) -> None:
+    """Bring masks in line with weights that were tied, untied, resized or replaced inside ``dense_weights``."""
+    aliases = {name: candidate for candidate in collect(model) for name in candidate.names}
+    taken: set[int] = set()
+    done: set[int] = set()
+    for name, (source, slot) in before.items():
+        candidate = aliases.get(name)
+        if candidate is None or id(candidate) in done:
+            continue
+        done.add(id(candidate))
+        state = source._autosparse
+        weight = state.weights[slot.name]
+        threshold, offset = source._parameters[slot.threshold], source._buffers[slot.offset]
+        if id(threshold) in taken:
+            threshold, offset = nn.Parameter(threshold.detach().clone()), offset.clone()
+            weight = MaskedWeight(name, weight.config, weight.provisional)
+        if threshold.shape != _threshold_shape(candidate.parameter, slot.axis, weight.config):
+            threshold, offset = _resized(candidate.parameter, slot.axis, weight, threshold, offset)
+        taken.add(id(threshold))
+        alpha = source._buffers[ALPHA]
+        for module, held in candidate.holders:
+            attach(module, Slot(held, slot.axis), weight, state.plan, threshold, offset, alpha)
+    remember(model.parameters())
+
+
+def _threshold_shape(parameter: Tensor, axis: int, config: AutoSparse) -> torch.Size:
+    return torch.Size([parameter.shape[axis] if config.granularity == "channel" else 1])
+
+
+def _new_mask(parameter: nn.Parameter, axis: int, weight: MaskedWeight) -> tuple[nn.Parameter, Tensor]:
+    shape = _threshold_shape(parameter, axis, weight.config)
+    logit, weight.provisional = initial_logit(parameter, weight.config.threshold_init, axis)
+    like = {"dtype": torch.float32, "device": parameter.device}
+    return nn.Parameter(torch.zeros(shape, **like)), torch.full(shape, logit, **like)
+
+
+def _resized(
+    parameter: nn.Parameter, axis: int, weight: MaskedWeight, threshold: Tensor, offset: Tensor
+) -> tuple[nn.Parameter, Tensor]:
+    """Per-channel thresholds for a new number of channels: the first ones keep theirs."""
+    new_threshold, new_offset = _new_mask(parameter, axis, weight)
+    kept = min(len(threshold), len(new_threshold))
+    with torch.no_grad():
+        new_threshold[:kept] = threshold[:kept]
+        new_offset[:kept] = offset[:kept]
+    return new_threshold, new_offset
+
+
+def _shared_alpha(alphas: dict[torch.device, Tensor], device: torch.device, value: float) -> Tensor:
+    if device not in alphas:
+        alphas[device] = torch.full((), value, dtype=torch.float32, device=device)
+    return alphas[device]
+
+
+def _refuse_wrappers(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        kind = type(module)
+        if kind.__module__.startswith("torch.") and kind.__name__ in ("DataParallel", "FullyShardedDataParallel"):
+            cure = "DistributedDataParallel" if kind.__name__ == "DataParallel" else "FSDP2 (fully_shard)"
+            raise ValueError(
+                f"autosparse_fx does not support {kind.__name__} (module '{name}'): sparsify the plain model, then "
+                f"wrap it with {cure}"
+            )
+
+
+def _warn_of_missed_targets(model: nn.Module, modules: list[tuple[str, Any]]) -> None:
+    plans = {id(m._autosparse.plan): m._autosparse.plan for _, m in modules}
+    for target, (reached, names) in group_sparsities(model).items():
+        if target is None or abs(reached - target) <= TOLERANCE:
+            continue
+        never = not any(plan.annealed_steps for plan in plans.values())
+        cure = (
+            "no GradientAnnealing ever stepped this model: make one before the training"
+            if never
+            else "train to the end of total_steps, or lower the target"
+        )
+        warnings.warn(
+            f"finalize: sparsity {reached:.4f} instead of the target {target:.4f} over {len(names)} weights "
+            f"({names[0]}, ...): {cure}",
+            stacklevel=3,
+        )

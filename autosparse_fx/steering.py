@@ -1,0 +1,171 @@
+"""Steering: one common shift of all thresholds that puts the sparsity exactly where it should be.
+
+Why this is stable. Every weight has a margin ``m = log|w| - log g(s)``; it is masked when ``m <= 0``. Adding ``d`` to
+every ``log g`` masks exactly those with ``m <= d``, so the S-quantile of all margins is the one shift that makes the
+fraction S of them zero. The controller computes that quantile from the weights and thresholds as they are, and
+remembers nothing: no gain to tune, no integral to wind up, and an error made once is gone at the next shift. What the
+gradients do in between moves thresholds against each other (that is how the sparsity is spread over the layers) but
+not their common level. Three bounds keep a single layer from running away: no layer is shifted beyond
+``max_layer_sparsity``, no cut beyond ``MAX_CUT`` (on the flat end of the sigmoid a threshold gets no gradient and never
+returns; weights that batch norm lets grow without limit would take it there), and a layer that is zero by itself
+(zero-initialised, say) is never shifted upwards. Log space, because the cut is a scale, and because a weight above 1 has
+no logit.
+
+Everything is done with tensors on the model's device and without waiting for it; the histogram is taken over a sample
+of each layer, so the cost does not grow with the model.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from autosparse_fx._compat import full_tensor
+from autosparse_fx.masked import Slot
+
+MAX_CUT = 0.95
+BINS = 4096
+SAMPLE = 2**16  # weights per layer in an ordinary shift: 0.1 points of standard error for one layer, less in total
+FINAL_SAMPLE = 2**22  # in the last one
+
+
+@dataclass(eq=False)
+class SteeredWeight:
+    """One masked weight: a module that holds it, and the offsets to move (several where tied copies are unshared)."""
+
+    name: str
+    module: Any
+    slot: Slot
+    offsets: list[Tensor]
+
+
+def scheduled_sparsity(target: float, ramp_end: float, progress: float) -> float:
+    """The sparsity to hold after the fraction ``progress`` of the training: a cubic ramp from 0 (Zhu and Gupta,
+    arXiv:1710.01878, equation 1) that reaches ``target`` at ``ramp_end``."""
+    left = max(0.0, 1 - progress / ramp_end)
+    return target * (1 - left**3)
+
+
+@torch.no_grad()
+def steer(weights: list[SteeredWeight], sparsity: float, max_layer_sparsity: float, *, seed: int, final: bool) -> Tensor:
+    """Shift the offsets of ``weights`` so that the fraction ``sparsity`` of all their elements is masked.
+
+    Args:
+        weights: all on one device.
+        sparsity: in [0, 1].
+        max_layer_sparsity: no layer is shifted beyond it.
+        seed: varies which elements are sampled.
+        final: take a far larger sample.
+
+    Returns:
+        A 0-d bool tensor on the weights' device: whether the shift was finite. Where it was not, nothing moved.
+    """
+    limit = FINAL_SAMPLE if final else SAMPLE
+    samples, log_cuts, cuts, numels, sizes = [], [], [], [], []
+    parameters = []
+    for weight in weights:
+        parameter = full_tensor(weight.module._parameters[weight.slot.name].detach())
+        log_cut = F.logsigmoid(weight.module.logit(weight.slot)).reshape(-1)
+        sample, sample_cut = _sample(parameter, log_cut, weight.slot.axis, limit, seed)
+        samples.append(sample.float())
+        cuts.append(sample_cut)
+        log_cuts.append(log_cut)
+        numels.append(parameter.numel())
+        sizes.append(sample.numel())
+        parameters.append(parameter)
+    finite = torch.isfinite(torch.nn.utils.get_total_norm(parameters))
+    device = samples[0].device
+    size = torch.tensor(sizes, dtype=torch.float32).to(device, non_blocking=True)
+    numel = torch.tensor(numels, dtype=torch.float32).to(device, non_blocking=True)
+    caps = [min(math.floor(max_layer_sparsity * n), n - 1) / n if n else 0.0 for n in numels]
+    cap = torch.tensor(caps, dtype=torch.float32).to(device, non_blocking=True)
+
+    magnitude = torch.cat(samples).abs()
+    layer = torch.repeat_interleave(
+        torch.arange(len(sizes), device=device), size.long(), output_size=sum(sizes)
+    )
+    margin = magnitude.log() - torch.cat(cuts)
+    margin = torch.where(magnitude > MAX_CUT, math.inf, margin)
+    zeros = torch.zeros_like(size).index_add_(0, layer, (magnitude == 0).float()) / size
+
+    d, layer_d = _common_shift(margin, layer, size, numel, cap, zeros, sparsity)
+    finite = finite & torch.isfinite(d)
+    shifts = torch.minimum(d, layer_d)
+    for i, (weight, log_cut) in enumerate(zip(weights, log_cuts, strict=True)):
+        new_cut = torch.clamp(log_cut + shifts[i], max=math.log(MAX_CUT))
+        change = torch.where(finite, _logit_of_log(new_cut) - _logit_of_log(log_cut), 0.0)
+        for offset in weight.offsets:
+            offset.add_(change)
+    return finite
+
+
+def _common_shift(
+    margin: Tensor, layer: Tensor, size: Tensor, numel: Tensor, cap: Tensor, zeros: Tensor, sparsity: float
+) -> tuple[Tensor, Tensor]:
+    """Solve for the common shift, and return it with the bound on the shift of each layer.
+
+    A histogram of the margins, then one of the bin in which the solution lies: a resolution of one in 4096 squared.
+    """
+    total = numel.sum()
+    usable = torch.isfinite(margin)
+    low = torch.where(usable, margin, math.inf).min() - 1e-3
+    high = torch.where(usable, margin, -math.inf).max() + 1e-3
+    d = low
+    layer_d = torch.full_like(size, math.inf)
+    for refining in (False, True):
+        fraction = _cumulative(margin, layer, size, low, high)  # [layers, BINS + 1], at the edges of the bins
+        held = torch.maximum(torch.minimum(fraction, cap[:, None]), zeros[:, None])
+        reached = (held * (numel / total)[:, None]).sum(0)
+        edge = low + (high - low) * torch.arange(BINS + 1, device=margin.device) / BINS
+        if not refining:
+            # The largest edge at which a layer is still within its bound; a layer of zeros only stays where it is.
+            within = (fraction <= cap[:, None]).sum(1) - 1
+            bounded = fraction[:, -1] > cap
+            layer_d = torch.where(bounded, edge[within.clamp(min=0)], layer_d)
+            layer_d = torch.where(zeros >= cap, 0.0, layer_d)
+            feasible = reached[-1] >= sparsity - 1e-4
+        at = torch.searchsorted(reached, torch.full((1,), sparsity, device=margin.device))[0].clamp(1, BINS)
+        below, above = reached[at - 1], reached[at]
+        part = ((sparsity - below) / (above - below).clamp(min=1e-12)).clamp(0, 1)
+        low, high = edge[at - 1], edge[at]
+        d = low + part * (high - low)
+    return torch.where(feasible, d, math.inf), layer_d
+
+
+def _cumulative(margin: Tensor, layer: Tensor, size: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The fraction of each layer's margins at or below each of the BINS + 1 edges between ``low`` and ``high``."""
+    position = torch.ceil((margin - low) / (high - low) * BINS).clamp(0, BINS + 1)
+    position = torch.nan_to_num(position, nan=BINS + 1.0)
+    index = layer * (BINS + 2) + position.long()
+    counts = torch.zeros(len(size) * (BINS + 2), device=margin.device)
+    counts.index_add_(0, index, torch.ones_like(margin))
+    return counts.view(len(size), -1).double().cumsum(1)[:, : BINS + 1].float() / size[:, None]
+
+
+def _sample(parameter: Tensor, log_cut: Tensor, axis: int, limit: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return about ``limit`` elements at equal distances, with the log of the cut that applies to each.
+
+    The distance has no common divisor with the number of elements, so every channel and kernel position is met alike.
+    """
+    order = sorted(range(parameter.dim()), key=lambda d: -parameter.stride(d))
+    dense = parameter.permute(order)
+    numel = parameter.numel()
+    flat = dense.reshape(-1)  # a view, whatever the memory format
+    step = max(1, numel // limit)
+    while math.gcd(step, numel) > 1:
+        step -= 1
+    start = seed * 0x9E3779B1 % step
+    sample = flat[start::step]
+    if log_cut.numel() == 1:
+        return sample, log_cut.expand(sample.numel())
+    inner = math.prod(dense.shape[order.index(axis) + 1 :])
+    channel = torch.arange(start, numel, step, device=flat.device) // inner % parameter.shape[axis]
+    return sample, log_cut[channel]
+
+
+def _logit_of_log(log_g: Tensor) -> Tensor:
+    """``logit(exp(x))`` for x < 0, accurate however small ``exp(x)`` is."""
+    return log_g - torch.log(-torch.expm1(log_g))
