@@ -4,11 +4,12 @@ Versions: torch 2.11.0 (the oldest supported) and 2.15.0.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 
 def functorch_is_active() -> bool:
@@ -70,3 +71,34 @@ def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a tensor that FSDP2 may hold sharded. 2.11-2.15."""
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
+
+
+def register_backend_once(name: str, backend: Callable[..., Any]) -> None:
+    """Register a Dynamo backend where its entry point is not about to do so by itself. 2.11-2.15."""
+    if name not in torch._dynamo.list_backends(exclude_tags=None):
+        torch._dynamo.register_backend(backend, name=name)
+
+
+def inductor_mode_options(mode: str) -> dict[str, Any]:
+    """The config patches that stand for a mode of ``torch.compile``. 2.11-2.15."""
+    import torch._inductor
+
+    return dict(torch._inductor.list_mode_options(mode))
+
+
+def inductor_option_names() -> set[str]:
+    """The names that Inductor takes as options. 2.11-2.15."""
+    import torch._inductor
+
+    return set(torch._inductor.list_options())
+
+
+def compile_with_inductor(gm: GraphModule, example_inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:
+    """Hand a Dynamo graph to Inductor, with our joint passes after the user's own. 2.11-2.15."""
+    from torch._inductor.compile_fx import compile_fx
+
+    from autosparse_fx.joint import JointPasses
+
+    key = "joint_custom_post_pass"
+    patches = {**patches, key: JointPasses(patches.get(key, getattr(torch._inductor.config, key)))}
+    return compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[no-any-return]

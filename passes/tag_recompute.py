@@ -1,0 +1,58 @@
+"""tag_recompute: masked weights are computed again in the backward pass instead of being kept for it."""
+
+import operator
+
+import torch
+from torch.fx import Graph, Node
+from torch.utils.checkpoint import CheckpointPolicy
+
+aten = torch.ops.aten
+MASK = torch.ops.autosparse.threshold_mask.default
+
+# Casts and views: what may stand between a mask and the operation that uses it. Untagged, they would be kept instead.
+_CHEAP = frozenset(
+    {
+        torch.ops.prims.convert_element_type.default,
+        aten._to_copy.default,
+        aten.alias.default,
+        aten.expand.default,
+        aten.permute.default,
+        aten.reshape.default,
+        aten.select.int,
+        aten.slice.Tensor,
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.t.default,
+        aten.transpose.int,
+        aten.unsqueeze.default,
+        aten.view.default,
+        operator.getitem,
+    }
+)
+
+
+def tag_recompute(graph: Graph) -> int:
+    """Tag every mask node of a joint graph, with the casts and views behind it, for recomputation.
+
+    The partitioner then saves the weight and the threshold, which exist anyway, and neither the masked weight nor its
+    low-precision copy. Without the tags it saves one masked copy of every weight, because a matrix multiplication of the
+    backward pass reads it.
+
+    Returns:
+        The number of nodes that were tagged.
+    """
+    tagged = 0
+    pending = [node for node in graph.nodes if node.target is MASK]
+    seen: set[Node] = set()
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if "recompute" not in node.meta:  # a user's own checkpoint policy goes first
+            node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+            tagged += 1
+        pending.extend(user for user in node.users if user.target in _CHEAP)
+    return tagged
