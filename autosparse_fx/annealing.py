@@ -62,6 +62,7 @@ class GradientAnnealing:
         self._config = configs[0]
         self._plans = list(plans.values())
         self._model = model
+        self._modules = modules
         self._interval = max(1, min(MAX_STEPS_BETWEEN_SHIFTS, total_steps // 100))
         self._count = 0
         self._warned_of_end = False
@@ -168,7 +169,7 @@ class GradientAnnealing:
 
     @torch.no_grad()
     def _write_alpha(self) -> None:
-        alphas = {id(m._buffers[ALPHA]): m._buffers[ALPHA] for _, m in masked_modules(self._model) if ALPHA in m._buffers}
+        alphas = {id(m._buffers[ALPHA]): m._buffers[ALPHA] for _, m in self._modules if ALPHA in m._buffers}
         for alpha in alphas.values():
             alpha.fill_(self.alpha)
 
@@ -176,6 +177,7 @@ class GradientAnnealing:
         for check in self._checks:
             check.raise_if_failed()
         self._checks = []
+        self._modules = masked_modules(self._model)  # dense_weights may have changed which there are
         final = self._count == self.total_steps
         for (target, _), weights in self._groups().items():
             sparsity = scheduled_sparsity(target, self._config.ramp_end, self._count / self.total_steps)
@@ -188,7 +190,7 @@ class GradientAnnealing:
     def _groups(self) -> dict[tuple[float, torch.device], list[SteeredWeight]]:
         """The masked weights that share a target (and a device), each tensor once."""
         groups: dict[tuple[float, torch.device], dict[int, SteeredWeight]] = {}
-        for _, module in masked_modules(self._model):
+        for _, module in self._modules:
             for slot in module._autosparse_slots:
                 weight = module._autosparse.weights[slot.name]
                 if weight.config.target_sparsity is None:
@@ -203,7 +205,7 @@ class GradientAnnealing:
     def _weight_versions(self) -> int:
         return sum(
             module._parameters[slot.name]._version
-            for _, module in masked_modules(self._model)
+            for _, module in self._modules
             for slot in module._autosparse_slots
         )
 

@@ -186,8 +186,8 @@ def _reconcile(model: nn.Module, before: dict[str, tuple[Any, Slot]]) -> None:
     done: set[int] = set()
     for name, (source, slot) in before.items():
         candidate = aliases.get(name)
-        if candidate is None or id(candidate) in done:
-            continue
+        if candidate is None or id(candidate) in done or not isinstance(source, MaskedModule):
+            continue  # gone, seen already, or finalized inside the context
         done.add(id(candidate))
         state = source._autosparse
         weight = state.weights[slot.name]

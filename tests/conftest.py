@@ -1,0 +1,41 @@
+"""What every test runs under: a fixed seed, a fresh Dynamo, and Inductor without its graph caches."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before torch is imported. The stock backend's cache key does not know our lowerings, so a cached graph could be one
+# of an older version of them. Compiled C++ is still found again: its key is the source itself.
+os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
+os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
+sys.path.insert(0, str(Path(__file__).parent))  # for `import reference`, in every import mode
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    """Nothing compiled by one test is seen by another; costs nothing where nothing compiles."""
+    _reset_dynamo()
+    yield
+    _reset_dynamo()
+
+
+def _reset_dynamo() -> None:
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
