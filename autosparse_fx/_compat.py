@@ -50,7 +50,7 @@ def inductor_lowerings() -> dict[Any, Callable[..., Any]]:
     """Inductor's table of lowerings, from which ours are composed. 2.11-2.15."""
     from torch._inductor.lowering import lowerings
 
-    return lowerings  # type: ignore[return-value]
+    return lowerings
 
 
 def register_inductor_lowering(op: Any, lowering: Callable[..., Any]) -> None:
@@ -93,7 +93,9 @@ def inductor_option_names() -> set[str]:
     return set(torch._inductor.list_options())
 
 
-def compile_with_inductor(gm: GraphModule, example_inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:
+def compile_with_inductor(
+    gm: GraphModule, example_inputs: Sequence[Any], patches: dict[str, Any]
+) -> Callable[..., Any]:
     """Hand a Dynamo graph to Inductor, with our joint passes after the user's own. 2.11-2.15."""
     from torch._inductor.compile_fx import compile_fx
 
@@ -101,4 +103,5 @@ def compile_with_inductor(gm: GraphModule, example_inputs: Sequence[Any], patche
 
     key = "joint_custom_post_pass"
     patches = {**patches, key: JointPasses(patches.get(key, getattr(torch._inductor.config, key)))}
-    return compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[no-any-return]
+    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
+    return compiled  # type: ignore[no-any-return]

@@ -169,8 +169,8 @@ class GradientAnnealing:
 
     @torch.no_grad()
     def _write_alpha(self) -> None:
-        alphas = {id(m._buffers[ALPHA]): m._buffers[ALPHA] for _, m in self._modules if ALPHA in m._buffers}
-        for alpha in alphas.values():
+        alphas = [m.alpha() for _, m in self._modules if ALPHA in m._buffers]
+        for alpha in {id(alpha): alpha for alpha in alphas}.values():
             alpha.fill_(self.alpha)
 
     def _steer(self) -> None:
@@ -195,18 +195,16 @@ class GradientAnnealing:
                 weight = module._autosparse.weights[slot.name]
                 if weight.config.target_sparsity is None:
                     continue
-                parameter, offset = module._parameters[slot.name], module._buffers[slot.offset]
+                _, offset = module.mask_state(slot)
                 group = groups.setdefault((weight.config.target_sparsity, offset.device), {})
-                steered = group.setdefault(id(parameter), SteeredWeight(weight.name, module, slot, []))
+                steered = group.setdefault(id(module.stored_weight(slot)), SteeredWeight(weight.name, module, slot, []))
                 if not any(offset is other for other in steered.offsets):
                     steered.offsets.append(offset)
         return {key: list(group.values()) for key, group in groups.items()}
 
     def _weight_versions(self) -> int:
         return sum(
-            module._parameters[slot.name]._version
-            for _, module in self._modules
-            for slot in module._autosparse_slots
+            module.stored_weight(slot)._version for _, module in self._modules for slot in module._autosparse_slots
         )
 
 
@@ -230,17 +228,17 @@ class _DeferredCheck:
         if bool(self._finite):
             return
         for weight in self._weights:
-            values = weight.module._parameters[weight.slot.name].detach()
+            values = weight.module.stored_weight(weight.slot).detach()
             if not bool(torch.isfinite(values).all()):
                 raise RuntimeError(
-                    f"weight '{weight.name}' {list(values.shape)} holds NaN or infinite values, so its sparsity cannot be "
-                    "steered: the training has diverged (lower the learning rate, clip gradients, or use GradScaler "
-                    "with fp16), and the last checkpoint before it is the one to resume from"
+                    f"weight '{weight.name}' {list(values.shape)} holds NaN or infinite values, so its sparsity "
+                    "cannot be steered: the training has diverged (lower the learning rate, clip gradients, or use "
+                    "GradScaler with fp16), and the last checkpoint before it is the one to resume from"
                 )
         raise RuntimeError(
             f"target_sparsity={self._target} cannot be reached over {len(self._weights)} weights "
-            f"('{self._weights[0].name}', ...): too many are above 1, where no cut sigmoid(s) reaches; scale them down, "
-            "use weight decay, or leave their layers dense with rules={...: None}"
+            f"('{self._weights[0].name}', ...): too many are above 1, where no cut sigmoid(s) reaches; scale "
+            "them down, use weight decay, or leave their layers dense with rules={...: None}"
         )
 
 
@@ -268,7 +266,7 @@ def param_groups(
         ValueError: if the model is not sparse.
     """
     thresholds = {
-        id(p): p for _, m in masked_modules(model) for p in (m._parameters[s.threshold] for s in m._autosparse_slots)
+        id(p): p for _, m in masked_modules(model) for p in (m.mask_state(slot)[0] for slot in m._autosparse_slots)
     }
     if not thresholds:
         raise ValueError(f"{type(model).__name__} is not sparse: call autosparse_fx.sparsify(model) first")
@@ -282,18 +280,19 @@ def param_groups(
 
 def _warn_of_missing_parameters(model: nn.Module, optimizer: Optimizer) -> None:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    weights, thresholds = [], []
+    weights: list[str] = []
+    thresholds: list[str] = []
     for prefix, module in masked_modules(model):
         for slot in module._autosparse_slots:
             for name, lost in ((slot.name, weights), (slot.threshold, thresholds)):
                 parameter = module._parameters[name]
-                if parameter.requires_grad and id(parameter) not in held:
+                if parameter is not None and parameter.requires_grad and id(parameter) not in held:
                     lost.append(f"{prefix}.{name}" if prefix else name)
     for what, names in (("masked weights", weights), ("thresholds", thresholds)):
         if names:
             warnings.warn(
-                f"the optimizer holds {'none' if _all(model, names) else 'not all'} of the {what}: {_some(names)} will not "
-                "be trained; make the optimizer from model.parameters() after sparsify",
+                f"the optimizer holds {'none' if _all(model, names) else 'not all'} of the {what}: {_some(names)} "
+                "will not be trained; make the optimizer from model.parameters() after sparsify",
                 stacklevel=3,
             )
 

@@ -66,8 +66,8 @@ def _config_patches(mode: str | None, options: dict[str, Any]) -> dict[str, Any]
             )
         if key not in known:
             raise ValueError(
-                f"backend 'autosparse' has no option {name!r}: it takes 'mode' and the options of Inductor, as listed by "
-                "torch._inductor.list_options()"
+                f"backend 'autosparse' has no option {name!r}: it takes 'mode' and the options of Inductor, as listed "
+                "by torch._inductor.list_options()"
             )
         patches[key] = value
     return patches

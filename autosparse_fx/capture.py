@@ -13,8 +13,8 @@ from autosparse_fx.passes.find_weights import find_weights
 def multiplied_parameters(
     model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any] | Tensor
 ) -> dict[int, int]:
-    """Return the ids of the parameters that ``model`` multiplies by when called on ``example_inputs``, each with the axis
-    of its output channels.
+    """Return the ids of the parameters that ``model`` multiplies by when called on ``example_inputs``, and the axis of
+    the output channels of each.
 
     The model runs once, without gradients, in the mode that it is in. Its buffers and the random state are restored.
     """
@@ -33,8 +33,8 @@ def multiplied_parameters(
             torch.compile(model, backend=backend)(*args, **kwargs)
     except Exception as error:
         raise ValueError(
-            f"{type(model).__name__} could not be run on the example_inputs ({type(error).__name__}: {error}); they must "
-            "be the arguments of one call of the model: a tensor, a tuple, or a dict of keyword arguments"
+            f"{type(model).__name__} could not be run on the example_inputs ({type(error).__name__}: {error}); they "
+            "must be the arguments of one call of the model: a tensor, a tuple, or a dict of keyword arguments"
         ) from error
     finally:
         with torch.no_grad():

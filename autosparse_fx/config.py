@@ -168,7 +168,7 @@ class AutoSparse:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether ``pattern`` (a name, a glob, or ``re:`` and a regular expression) matches the full name of a parameter."""
+    """Whether ``pattern`` (a name, a glob, or ``re:`` and a regular expression) matches a parameter's full name."""
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], name) is not None
     return pattern == name or fnmatch.fnmatchcase(name, pattern)

@@ -4,19 +4,13 @@ import functools
 import hashlib
 import inspect
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any
 
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
-import autosparse_fx.lowering
-import autosparse_fx.ops
-import autosparse_fx.passes.tag_recompute
+from autosparse_fx import lowering, ops
 from autosparse_fx.passes import JOINT_PASSES
-
-# What decides the generated code besides the graph itself.
-_SOURCES: tuple[ModuleType, ...] = (autosparse_fx.lowering, autosparse_fx.ops, autosparse_fx.passes.tag_recompute)
 
 
 class JointPasses(CustomGraphPass):
@@ -40,4 +34,6 @@ class JointPasses(CustomGraphPass):
 
 @functools.cache
 def _source_hash() -> str:
-    return hashlib.sha256("".join(inspect.getsource(m) for m in _SOURCES).encode()).hexdigest()
+    """A hash of everything of ours that decides the generated code besides the graph itself."""
+    sources = [lowering, ops, *(inspect.getmodule(joint_pass) for joint_pass in JOINT_PASSES)]
+    return hashlib.sha256("".join(inspect.getsource(m) for m in sources if m is not None).encode()).hexdigest()

@@ -83,7 +83,7 @@ class ModuleState:
     weights: dict[str, MaskedWeight]
 
 
-class MaskedModule:
+class MaskedModule(nn.Module):
     """Marker and shared behaviour of the classes that :func:`masked_class` makes; mixed in before the original."""
 
     _autosparse: ModuleState
@@ -93,42 +93,54 @@ class MaskedModule:
 
     def logit(self, slot: Slot) -> Tensor:
         """Return ``s = offset + scale * threshold``, shaped ``[1]``, or ``[C, 1, ...]`` for per-channel thresholds."""
-        module: Any = self
-        threshold: Tensor = module._parameters[slot.threshold]
-        if _compat.is_sharded_by_fsdp(module, threshold):
-            threshold = _compat.full_tensor(threshold)
-        s = module._buffers[slot.offset] + self._autosparse_scale * threshold
+        threshold, offset = self.mask_state(slot)
+        if _compat.is_sharded_by_fsdp(self, threshold):
+            threshold = _compat.full_tensor(threshold)  # type: ignore[assignment]
+        s: Tensor = offset + self._autosparse_scale * threshold
         if s.shape[0] != 1:
-            dims = module._parameters[slot.name].dim()
+            dims = self.stored_weight(slot).dim()
             s = s.view([-1 if d == slot.axis else 1 for d in range(dims)])
         return s
 
+    def stored_weight(self, slot: Slot) -> nn.Parameter:
+        """Return the dense parameter behind ``self.<name>``."""
+        parameter: Any = self._parameters[slot.name]
+        return parameter  # type: ignore[no-any-return]
+
+    def mask_state(self, slot: Slot) -> tuple[nn.Parameter, Tensor]:
+        """Return the threshold parameter and the offset buffer of one weight."""
+        threshold: Any = self._parameters[slot.threshold]
+        offset: Any = self._buffers[slot.offset]
+        return threshold, offset
+
+    def alpha(self) -> Tensor:
+        """Return the 0-d float32 buffer that holds alpha."""
+        alpha: Any = self._buffers[ALPHA]
+        return alpha  # type: ignore[no-any-return]
+
     def masked_weight(self, slot: Slot) -> Tensor:
         """Return what ``self.<name>`` reads: the masked weight, or the parameter itself where it must be dense."""
-        module: Any = self
-        weight: Tensor = module._parameters[slot.name]
+        weight = self.stored_weight(slot)
         if (
-            module._parameters.get(slot.threshold) is None
+            self._parameters.get(slot.threshold) is None
             or self._autosparse.plan.scope.depth > 0
-            or _compat.is_sharded_by_fsdp(module, weight)
+            or _compat.is_sharded_by_fsdp(self, weight)
         ):
             return weight
         if torch.compiler.is_compiling():
-            return threshold_mask(weight, self.logit(slot), module._buffers[ALPHA])
+            return threshold_mask(weight, self.logit(slot), self.alpha())
         memo = _reads.memo
         key = (id(weight), torch.is_grad_enabled())
         if memo is not None and key in memo:
             return memo[key][1]
-        masked = threshold_mask(weight, self.logit(slot), module._buffers[ALPHA])
+        masked = threshold_mask(weight, self.logit(slot), self.alpha())
         if memo is not None:
             memo[key] = (weight, masked)  # holding the weight keeps its id from being used again
         return masked
 
     def masked_value(self, slot: Slot) -> Tensor:
         """Return the masked weight wherever it is read from, gathered where FSDP2 holds it sharded."""
-        module: Any = self
-        weight = _compat.full_tensor(module._parameters[slot.name])
-        return threshold_mask(weight, self.logit(slot), module._buffers[ALPHA])
+        return threshold_mask(_compat.full_tensor(self.stored_weight(slot)), self.logit(slot), self.alpha())
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(max(int(protocol), 2))
@@ -155,7 +167,7 @@ class MaskedModule:
                     f"{_describe(self, slot.name)} is masked by autosparse_fx and cannot be pruned or normalised by "
                     "torch.nn.utils as well: do that before sparsify, or finalize the model first"
                 )
-        super().register_parameter(name, param)  # type: ignore[misc]
+        super().register_parameter(name, param)
 
     def _replicate_for_data_parallel(self) -> Any:
         raise RuntimeError(
@@ -165,30 +177,26 @@ class MaskedModule:
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move thresholds, offsets and alpha along, but keep them in float32 and shared where they were shared."""
-        module: Any = self
-        held = {id(t): t for t in self._own_state()}
-        was_meta = [slot for slot in self._autosparse_slots if _is_meta(module._parameters.get(slot.threshold))]
+        held = {id(t) for t in self._own_state()}
+        was_meta = [slot for slot in self._autosparse_slots if _is_meta(self._parameters.get(slot.threshold))]
 
         def keep_float32(t: Tensor) -> Tensor:
             return _moved(t, fn(t)) if id(t) in held else fn(t)
 
-        module = super()._apply(keep_float32, recurse)  # type: ignore[misc]
+        super()._apply(keep_float32, recurse)
         for slot in was_meta:
-            if not _is_meta(module._parameters[slot.threshold]):
-                reset_mask(module, slot)
-        return module
+            if not _is_meta(self._parameters[slot.threshold]):
+                reset_mask(self, slot)
+        return self
 
     def _own_state(self) -> Iterator[Tensor]:
-        module: Any = self
         for slot in self._autosparse_slots:
-            threshold = module._parameters.get(slot.threshold)
-            if threshold is not None:
-                yield threshold
-                if threshold.grad is not None:
-                    yield threshold.grad
-                yield module._buffers[slot.offset]
-        if module._buffers.get(ALPHA) is not None:
-            yield module._buffers[ALPHA]
+            threshold, offset = self._parameters.get(slot.threshold), self._buffers.get(slot.offset)
+            if threshold is not None and offset is not None:
+                yield from (t for t in (threshold, threshold.grad, offset) if t is not None)
+        alpha = self._buffers.get(ALPHA)
+        if alpha is not None:
+            yield alpha
 
     def _load_from_state_dict(
         self,
@@ -211,7 +219,7 @@ class MaskedModule:
                     f"{prefix}{lost} is missing although {prefix}{found[0]} is there: a sparse state_dict has both, "
                     "a dense one has neither; save the whole model.state_dict()"
                 )
-        super()._load_from_state_dict(  # type: ignore[misc]
+        super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         for slot in dense:
@@ -232,16 +240,18 @@ class MaskedModule:
 class _MaskedRNN(MaskedModule):
     """A recurrent layer, which hands a list of its weights to one fused kernel, and caches that list."""
 
+    _flat_weights_names: list[str]
+
     @property
     def _flat_weights(self) -> list[Tensor | None]:
-        return [getattr(self, name, None) for name in self._flat_weights_names]  # type: ignore[attr-defined]
+        return [getattr(self, name, None) for name in self._flat_weights_names]
 
     @_flat_weights.setter
     def _flat_weights(self, value: object) -> None:
         pass  # derived from the parameters at every read
 
     def __setattr__(self, name: str, value: object) -> None:
-        nn.Module.__setattr__(self, name, value)  # type: ignore[arg-type]  # without updating the list
+        nn.Module.__setattr__(self, name, value)  # type: ignore[arg-type]  # not RNNBase's, which updates the list
 
     def _weights_have_changed(self) -> bool:
         return False
@@ -295,13 +305,23 @@ def _refuse_reset(self: MaskedModule, *args: object, **kwargs: object) -> None:
             f"{type(self).__name__}.reset_parameters() would write to masked copies of its weights: call it inside "
             "`with autosparse_fx.dense_weights(model):`"
         )
-    self._autosparse_base.reset_parameters(self, *args, **kwargs)  # type: ignore[operator]
+    base: Any = self._autosparse_base
+    base.reset_parameters(self, *args, **kwargs)
 
 
-@functools.cache
-def masked_class(base: type[nn.Module], slots: tuple[Slot, ...], scale: float) -> type[nn.Module]:
+_classes: dict[tuple[type[nn.Module], tuple[Slot, ...], float], type[MaskedModule]] = {}
+
+
+def masked_class(base: type[nn.Module], slots: tuple[Slot, ...], scale: float) -> type[MaskedModule]:
     """Return the subclass of ``base`` that reads the names in ``slots`` masked; one for all modules alike, so that
     they share compiled code."""
+    key = (base, slots, scale)
+    if key not in _classes:
+        _classes[key] = _make_masked_class(*key)
+    return _classes[key]
+
+
+def _make_masked_class(base: type[nn.Module], slots: tuple[Slot, ...], scale: float) -> type[MaskedModule]:
     mixin = _MaskedRNN if issubclass(base, nn.RNNBase) and slots else MaskedModule
     namespace: dict[str, Any] = {slot.name: _property(slot) for slot in slots}
     namespace |= {
@@ -320,7 +340,8 @@ def masked_class(base: type[nn.Module], slots: tuple[Slot, ...], scale: float) -
     }
     if slots and hasattr(base, "reset_parameters"):
         namespace["reset_parameters"] = _refuse_reset
-    return type(base)(base.__name__, (mixin, base), namespace)
+    metaclass: Any = type(base)
+    return metaclass(base.__name__, (mixin, base), namespace)  # type: ignore[no-any-return]
 
 
 def _new_masked_module(base: type[nn.Module], slots: tuple[Slot, ...], scale: float) -> nn.Module:
@@ -329,7 +350,13 @@ def _new_masked_module(base: type[nn.Module], slots: tuple[Slot, ...], scale: fl
 
 
 def attach(
-    module: nn.Module, slot: Slot, weight: MaskedWeight, plan: Plan, threshold: nn.Parameter, offset: Tensor, alpha: Tensor
+    module: nn.Module,
+    slot: Slot,
+    weight: MaskedWeight,
+    plan: Plan,
+    threshold: nn.Parameter,
+    offset: Tensor,
+    alpha: Tensor,
 ) -> None:
     """Make ``module`` read ``slot.name`` masked by ``threshold`` and ``offset``."""
     if isinstance(module, MaskedModule):
@@ -337,7 +364,7 @@ def attach(
         module._autosparse.weights[slot.name] = weight
     else:
         slots = ()
-        module._autosparse = ModuleState(plan, {slot.name: weight})  # type: ignore[assignment]
+        module.__dict__["_autosparse"] = ModuleState(plan, {slot.name: weight})
     remask(module, (*slots, slot), plan)
     module._parameters[slot.threshold] = threshold
     module._buffers[slot.offset] = offset
@@ -348,8 +375,7 @@ def attach(
 def remask(module: nn.Module, slots: tuple[Slot, ...], plan: Plan) -> None:
     """Set the class of ``module`` to the masked class of its original class for ``slots``."""
     base = module._autosparse_base if isinstance(module, MaskedModule) else type(module)
-    if not hasattr(module, "_autosparse"):
-        module._autosparse = ModuleState(plan, {})  # type: ignore[assignment]
+    module.__dict__.setdefault("_autosparse", ModuleState(plan, {}))
     module.__dict__.pop("_flat_weights", None)
     module.__class__ = masked_class(base, slots, plan.config.threshold_scale)
 
@@ -364,27 +390,27 @@ def detach(module: nn.Module) -> None:
     module._buffers.pop(ALPHA, None)
     module._non_persistent_buffers_set.discard(ALPHA)
     del module.__dict__["_autosparse"]
-    module.__class__ = module._autosparse_base
-    if isinstance(module, nn.RNNBase):
-        module._init_flat_weights()
-        module.flatten_parameters()
+    original: nn.Module = module
+    original.__class__ = module._autosparse_base
+    if isinstance(original, nn.RNNBase):
+        original._init_flat_weights()
+        original.flatten_parameters()
 
 
-def reset_mask(module: Any, slot: Slot) -> None:
+def reset_mask(module: MaskedModule, slot: Slot) -> None:
     """Set threshold, offset and alpha of one weight to their initial values, in place."""
-    weight: MaskedWeight = module._autosparse.weights[slot.name]
-    parameter = module._parameters[slot.name]
-    threshold, offset, alpha = module._parameters[slot.threshold], module._buffers[slot.offset], module._buffers[ALPHA]
+    weight = module._autosparse.weights[slot.name]
+    threshold, offset = module.mask_state(slot)
     if threshold.is_meta:
         return
     with torch.no_grad():
         threshold.zero_()
-        logit, weight.provisional = initial_logit(parameter, weight.config.threshold_init, slot.axis)
+        logit, weight.provisional = initial_logit(module.stored_weight(slot), weight.config.threshold_init, slot.axis)
         offset.fill_(logit)
-        alpha.fill_(module._autosparse.plan.config.alpha)
+        module.alpha().fill_(module._autosparse.plan.config.alpha)
 
 
-def masked_modules(model: nn.Module) -> list[tuple[str, Any]]:
+def masked_modules(model: nn.Module) -> list[tuple[str, MaskedModule]]:
     """The modules of ``model`` that read masked weights, each once, with their names."""
     return [(name, m) for name, m in model.named_modules() if isinstance(m, MaskedModule)]
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autosparse_fx.masked import MaskedModule, masked_modules
+from autosparse_fx.masked import MaskedModule, Slot, masked_modules
 from autosparse_fx.selection import collect
 
 __all__ = ["LayerReport", "SparsityReport", "report", "sparsity", "thresholds"]
@@ -80,7 +80,14 @@ class SparsityReport:
             cut = "" if layer.threshold is None else f"{layer.threshold:.2e}"
             name = " = ".join((layer.name, *layer.tied))
             rows.append(
-                (name, "x".join(map(str, layer.shape)), f"{layer.numel:,}", f"{layer.zeros:,}", f"{layer.sparsity:.4f}", cut)
+                (
+                    name,
+                    "x".join(map(str, layer.shape)),
+                    f"{layer.numel:,}",
+                    f"{layer.zeros:,}",
+                    f"{layer.sparsity:.4f}",
+                    cut,
+                )
             )
         rows.append(("all masked weights", "", f"{self.numel:,}", f"{self.zeros:,}", f"{self.sparsity:.4f}", ""))
         share = self.zeros / self.parameters if self.parameters else 0.0
@@ -131,7 +138,8 @@ def report(model: nn.Module) -> SparsityReport:
                 why = next((why for name, why in reasons.items() if candidate.name.endswith(name)), "not masked")
                 skipped[candidate.name] = (candidate.parameter.numel(), why)
             continue
-        weight, cut, target = candidate.parameter, None, None
+        weight: Tensor = candidate.parameter
+        cut = target = None
         if masked is not None:
             module, slot = masked
             weight = module.masked_value(slot)
@@ -185,7 +193,7 @@ def group_sparsities(model: nn.Module) -> dict[float | None, tuple[float, list[s
     }
 
 
-def _masked_holder(holders: list[tuple[nn.Module, str]]) -> tuple[Any, Any] | None:
+def _masked_holder(holders: list[tuple[nn.Module, str]]) -> tuple[MaskedModule, Slot] | None:
     for module, name in holders:
         if isinstance(module, MaskedModule):
             for slot in module._autosparse_slots:
@@ -195,6 +203,4 @@ def _masked_holder(holders: list[tuple[nn.Module, str]]) -> tuple[Any, Any] | No
 
 
 def _thresholds_of(model: nn.Module) -> set[int]:
-    return {
-        id(module._parameters[slot.threshold]) for _, module in masked_modules(model) for slot in module._autosparse_slots
-    }
+    return {id(module.mask_state(slot)[0]) for _, module in masked_modules(model) for slot in module._autosparse_slots}

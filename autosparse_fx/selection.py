@@ -83,10 +83,10 @@ def select(model: nn.Module, config: AutoSparse, used: dict[int, int] | None = N
     matched: dict[str, list[Candidate]] = {
         pattern: [c for c in candidates if any(matches(pattern, name) for name in c.names)] for pattern in config.rules
     }
-    for pattern, found in matched.items():
+    for given, found in matched.items():
         if not found:
             names = ", ".join(c.name for c in candidates if c.axis is not None) or "none"
-            raise ValueError(f"AutoSparse.rules: {pattern!r} matches no parameter of the model; its weights are {names}")
+            raise ValueError(f"AutoSparse.rules: {given!r} matches no parameter of the model; its weights are {names}")
     for candidate in candidates:
         axis = candidate.axis if used is None else used.get(id(candidate.parameter), candidate.axis)
         if axis is None:
@@ -102,10 +102,13 @@ def select(model: nn.Module, config: AutoSparse, used: dict[int, int] | None = N
         if any(isinstance(module, nn.Embedding) for module, _ in candidate.holders):
             selection.tied_embeddings.append(candidate.name)
     chosen = {id(candidate) for candidate, _ in selection.chosen}
-    for pattern, found in matched.items():
-        if config.rules[pattern] is not None and not any(id(c) in chosen for c in found):
-            reasons = ", ".join(f"{c.name} ({selection.skipped.get(c.name, 'another rule came first')})" for c in found)
-            raise ValueError(f"AutoSparse.rules: {pattern!r} matches only parameters that are not masked: {reasons}")
+    for rule_pattern, found in matched.items():
+        if config.rules[rule_pattern] is not None and not any(id(c) in chosen for c in found):
+            why = [selection.skipped.get(c.name, "another rule came first") for c in found]
+            reasons = ", ".join(f"{c.name} ({reason})" for c, reason in zip(found, why, strict=True))
+            raise ValueError(
+                f"AutoSparse.rules: {rule_pattern!r} matches only parameters that are not masked: {reasons}"
+            )
     if not selection.chosen:
         raise ValueError(
             f"{type(model).__name__} has no weights to mask: "
@@ -117,20 +120,20 @@ def select(model: nn.Module, config: AutoSparse, used: dict[int, int] | None = N
 
 def _check_tensor(candidate: Candidate) -> None:
     p = candidate.parameter
-    if isinstance(p, nn.parameter.UninitializedTensorMixin):
+    if isinstance(p, nn.UninitializedParameter):
         raise ValueError(
             f"weight '{candidate.name}' belongs to a lazy module that has not seen an input yet: run one forward "
             "pass of the model before sparsify"
         )
     if not p.is_floating_point():
         raise TypeError(
-            f"weight '{candidate.name}' {list(p.shape)} is {p.dtype}, and only real floating-point weights can be masked: "
-            f"sparsify before quantizing, or leave it dense with rules={{{candidate.name!r}: None}}"
+            f"weight '{candidate.name}' {list(p.shape)} is {p.dtype}, and only real floating-point weights can be "
+            f"masked: sparsify before quantizing, or leave it dense with rules={{{candidate.name!r}: None}}"
         )
     if type(p) is not nn.Parameter and not _is_dtensor(p):
         raise TypeError(
-            f"weight '{candidate.name}' {list(p.shape)} is a {type(p).__name__}: sparsify before converting it, or leave "
-            f"it dense with rules={{{candidate.name!r}: None}}"
+            f"weight '{candidate.name}' {list(p.shape)} is a {type(p).__name__}: sparsify before converting it, or "
+            f"leave it dense with rules={{{candidate.name!r}: None}}"
         )
 
 

@@ -72,11 +72,11 @@ def sparsify(
     _refuse_wrappers(model)
     prepared = masked_modules(model)
     if prepared:
-        name, module = prepared[0]
-        if module._autosparse.plan.config == config:
+        name, first = prepared[0]
+        if first._autosparse.plan.config == config:
             return model
         raise ValueError(
-            f"the model is sparse already ('{name}' was prepared with {module._autosparse.plan.config}): finalize it "
+            f"the model is sparse already ('{name}' was prepared with {first._autosparse.plan.config}): finalize it "
             "before preparing it with another configuration"
         )
     used = None
@@ -89,7 +89,9 @@ def sparsify(
         for module, name in candidate.holders:
             for new in (f"{name}_threshold", f"{name}_offset", ALPHA):
                 if hasattr(module, new):
-                    raise ValueError(f"{type(module).__name__} that holds '{candidate.name}' has an attribute '{new}' already")
+                    raise ValueError(
+                        f"{type(module).__name__} that holds '{candidate.name}' has an attribute '{new}' already"
+                    )
     plan = Plan(config, dict(selection.skipped), list(selection.tied_embeddings))
 
     # Everything that can fail comes before the first change.
@@ -129,7 +131,9 @@ def finalize(model: ModuleT) -> ModuleT:
     """
     modules = masked_modules(model)
     if not modules:
-        raise ValueError(f"{type(model).__name__} is not sparse: there is nothing to finalize (was it finalized before?)")
+        raise ValueError(
+            f"{type(model).__name__} is not sparse: there is nothing to finalize (was it finalized before?)"
+        )
     for name, module in modules:
         if "_autosparse_slots" not in type(module).__dict__:
             raise RuntimeError(
@@ -141,7 +145,7 @@ def finalize(model: ModuleT) -> ModuleT:
     with torch.no_grad():
         for _, module in modules:
             for slot in module._autosparse_slots:
-                parameter = module._parameters[slot.name]
+                parameter = module.stored_weight(slot)
                 if id(parameter) not in done:
                     done.add(id(parameter))
                     parameter.copy_(module.masked_value(slot))
@@ -154,10 +158,10 @@ def finalize(model: ModuleT) -> ModuleT:
 def dense_weights(model: ModuleT) -> Iterator[ModuleT]:
     """Within this context every masked name of ``model`` reads as the stored parameter, and can be written.
 
-    For everything that initialises, ties, resizes or fuses weights: ``torch.nn.init``, ``reset_parameters()``, ``.data``,
-    ``fuse_conv_bn_eval``, Hugging Face's ``tie_weights`` and ``resize_token_embeddings``. On leaving, weights that were
-    tied share one threshold, those that were untied have their own, per-channel thresholds follow a changed number of
-    channels, and a module that replaced a masked one at the same name is masked in its place.
+    For everything that initialises, ties, resizes or fuses weights: ``torch.nn.init``, ``reset_parameters()``,
+    ``.data``, ``fuse_conv_bn_eval``, Hugging Face's ``tie_weights`` and ``resize_token_embeddings``. On leaving,
+    weights that were tied share one threshold, those that were untied have their own, per-channel thresholds follow a
+    changed number of channels, and a module that replaced a masked one at the same name is masked in its place.
 
     A model that is not sparse passes through unchanged.
     """
@@ -191,14 +195,14 @@ def _reconcile(model: nn.Module, before: dict[str, tuple[Any, Slot]]) -> None:
         done.add(id(candidate))
         state = source._autosparse
         weight = state.weights[slot.name]
-        threshold, offset = source._parameters[slot.threshold], source._buffers[slot.offset]
+        threshold, offset = source.mask_state(slot)
         if id(threshold) in taken:
             threshold, offset = nn.Parameter(threshold.detach().clone()), offset.clone()
             weight = MaskedWeight(name, weight.config, weight.provisional)
         if threshold.shape != _threshold_shape(candidate.parameter, slot.axis, weight.config):
             threshold, offset = _resized(candidate.parameter, slot.axis, weight, threshold, offset)
         taken.add(id(threshold))
-        alpha = source._buffers[ALPHA]
+        alpha = source.alpha()
         for module, held in candidate.holders:
             attach(module, Slot(held, slot.axis), weight, state.plan, threshold, offset, alpha)
     remember(model.parameters())
@@ -211,8 +215,8 @@ def _threshold_shape(parameter: Tensor, axis: int, config: AutoSparse) -> torch.
 def _new_mask(parameter: nn.Parameter, axis: int, weight: MaskedWeight) -> tuple[nn.Parameter, Tensor]:
     shape = _threshold_shape(parameter, axis, weight.config)
     logit, weight.provisional = initial_logit(parameter, weight.config.threshold_init, axis)
-    like = {"dtype": torch.float32, "device": parameter.device}
-    return nn.Parameter(torch.zeros(shape, **like)), torch.full(shape, logit, **like)
+    offset = torch.full(shape, logit, dtype=torch.float32, device=parameter.device)
+    return nn.Parameter(torch.zeros_like(offset)), offset
 
 
 def _resized(

@@ -8,8 +8,8 @@ gradients do in between moves thresholds against each other (that is how the spa
 not their common level. Three bounds keep a single layer from running away: no layer is shifted beyond
 ``max_layer_sparsity``, no cut beyond ``MAX_CUT`` (on the flat end of the sigmoid a threshold gets no gradient and never
 returns; weights that batch norm lets grow without limit would take it there), and a layer that is zero by itself
-(zero-initialised, say) is never shifted upwards. Log space, because the cut is a scale, and because a weight above 1 has
-no logit.
+(zero-initialised, say) is never shifted upwards. Log space, because the cut is a scale, and because a weight above 1
+has no logit.
 
 Everything is done with tensors on the model's device and without waiting for it; the histogram is taken over a sample
 of each layer, so the cost does not grow with the model.
@@ -17,14 +17,13 @@ of each layer, so the cost does not grow with the model.
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from autosparse_fx._compat import full_tensor
-from autosparse_fx.masked import Slot
+from autosparse_fx.masked import MaskedModule, Slot
 
 MAX_CUT = 0.95
 BINS = 4096
@@ -37,7 +36,7 @@ class SteeredWeight:
     """One masked weight: a module that holds it, and the offsets to move (several where tied copies are unshared)."""
 
     name: str
-    module: Any
+    module: MaskedModule
     slot: Slot
     offsets: list[Tensor]
 
@@ -50,7 +49,9 @@ def scheduled_sparsity(target: float, ramp_end: float, progress: float) -> float
 
 
 @torch.no_grad()
-def steer(weights: list[SteeredWeight], sparsity: float, max_layer_sparsity: float, *, seed: int, final: bool) -> Tensor:
+def steer(
+    weights: list[SteeredWeight], sparsity: float, max_layer_sparsity: float, *, seed: int, final: bool
+) -> Tensor:
     """Shift the offsets of ``weights`` so that the fraction ``sparsity`` of all their elements is masked.
 
     Args:
@@ -67,7 +68,7 @@ def steer(weights: list[SteeredWeight], sparsity: float, max_layer_sparsity: flo
     samples, log_cuts, cuts, numels, sizes = [], [], [], [], []
     parameters = []
     for weight in weights:
-        parameter = full_tensor(weight.module._parameters[weight.slot.name].detach())
+        parameter = full_tensor(weight.module.stored_weight(weight.slot).detach())
         log_cut = F.logsigmoid(weight.module.logit(weight.slot)).reshape(-1)
         sample, sample_cut = _sample(parameter, log_cut, weight.slot.axis, limit, seed)
         samples.append(sample.float())
@@ -84,9 +85,7 @@ def steer(weights: list[SteeredWeight], sparsity: float, max_layer_sparsity: flo
     cap = torch.tensor(caps, dtype=torch.float32).to(device, non_blocking=True)
 
     magnitude = torch.cat(samples).abs()
-    layer = torch.repeat_interleave(
-        torch.arange(len(sizes), device=device), size.long(), output_size=sum(sizes)
-    )
+    layer = torch.repeat_interleave(torch.arange(len(sizes), device=device), size.long(), output_size=sum(sizes))
     margin = magnitude.log() - torch.cat(cuts)
     margin = torch.where(magnitude > MAX_CUT, math.inf, margin)
     zeros = torch.zeros_like(size).index_add_(0, layer, (magnitude == 0).float()) / size
@@ -150,7 +149,7 @@ def _sample(parameter: Tensor, log_cut: Tensor, axis: int, limit: int, seed: int
 
     The distance has no common divisor with the number of elements, so every channel and kernel position is met alike.
     """
-    order = sorted(range(parameter.dim()), key=lambda d: -parameter.stride(d))
+    order = sorted(range(parameter.dim()), key=lambda d: parameter.stride()[d], reverse=True)
     dense = parameter.permute(order)
     numel = parameter.numel()
     flat = dense.reshape(-1)  # a view, whatever the memory format

@@ -108,7 +108,10 @@ class Benchmark:
             done = subprocess.run(command, env=os.environ | threads, capture_output=True, text=True)
             if done.returncode != 0:
                 self.failed.append(run.name)
-                print(f"{run.name} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}", file=sys.stderr)
+                print(
+                    f"{run.name} failed with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}",
+                    file=sys.stderr,
+                )
                 return
             result = json.loads(output.read_text())
         del result["history"]

@@ -6,11 +6,11 @@ from torch import Tensor, nn
 
 
 class ConvNet(nn.Sequential):
-    """Four convolutions, two linear layers, batch norm: 397k weights and 4.9M MACs for a 28x28 grey image."""
+    """Four convolutions, two linear layers, batch norm: 360k weights and 3.3M MACs for a 28x28 grey image."""
 
     def __init__(self, channels: int, size: int, num_classes: int) -> None:
         layers: list[nn.Module] = []
-        for width, stride in ((16, 1), (48, 2), (80, 2), (128, 2)):
+        for width, stride in ((16, 2), (32, 1), (64, 2), (128, 2)):
             layers += [
                 nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False),
                 nn.BatchNorm2d(width),

@@ -16,7 +16,7 @@ from tqdm import tqdm
 import autosparse_fx
 from autosparse_fx import AutoSparse
 
-EPOCHS, BATCH = 30, 64
+EPOCHS, BATCH = 60, 64
 
 
 def load() -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""find_weights: the parameters that a Dynamo graph multiplies by, found by their use and not by the class of a layer."""
+"""find_weights: the parameters that a Dynamo graph multiplies by, found by their use and not by a layer's class."""
 
 import operator
 from collections.abc import Callable
@@ -149,7 +149,9 @@ def _subgraph_operands(gm: GraphModule, node: Node) -> list[tuple[Node, tuple[Gr
     subgraphs = [
         (i, getattr(gm, str(arg.target)))
         for i, arg in enumerate(node.args)
-        if isinstance(arg, Node) and arg.op == "get_attr" and isinstance(getattr(gm, str(arg.target), None), GraphModule)
+        if isinstance(arg, Node)
+        and arg.op == "get_attr"
+        and isinstance(getattr(gm, str(arg.target), None), GraphModule)
     ]
     if not subgraphs:
         return []

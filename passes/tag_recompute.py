@@ -37,8 +37,8 @@ def tag_recompute(graph: Graph) -> int:
     """Tag every mask node of a joint graph, with the casts and views behind it, for recomputation.
 
     The partitioner then saves the weight and the threshold, which exist anyway, and neither the masked weight nor its
-    low-precision copy. Without the tags it saves one masked copy of every weight, because a matrix multiplication of the
-    backward pass reads it.
+    low-precision copy. Without the tags it saves one masked copy of every weight, because a matrix multiplication of
+    the backward pass reads it.
 
     Returns:
         The number of nodes that were tagged.
