@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from autosparse_fx.attach import masked_modules
 from autosparse_fx.decay import annealed_alpha
-from autosparse_fx.masked import ALPHA, Plan, masked_modules, reset_mask
+from autosparse_fx.masked import ALPHA, alpha_of, mask_state, reset_mask, stored_weight
+from autosparse_fx.plan import Plan
 from autosparse_fx.registry import remember
 from autosparse_fx.steering import SteeredWeight, scheduled_sparsity, steer
 
@@ -169,7 +171,7 @@ class GradientAnnealing:
 
     @torch.no_grad()
     def _write_alpha(self) -> None:
-        alphas = [m.alpha() for _, m in self._modules if ALPHA in m._buffers]
+        alphas = [alpha_of(m) for _, m in self._modules if ALPHA in m._buffers]
         for alpha in {id(alpha): alpha for alpha in alphas}.values():
             alpha.fill_(self.alpha)
 
@@ -195,16 +197,18 @@ class GradientAnnealing:
                 weight = module._autosparse.weights[slot.name]
                 if weight.config.target_sparsity is None:
                     continue
-                _, offset = module.mask_state(slot)
+                _, offset = mask_state(module, slot)
                 group = groups.setdefault((weight.config.target_sparsity, offset.device), {})
-                steered = group.setdefault(id(module.stored_weight(slot)), SteeredWeight(weight.name, module, slot, []))
+                steered = group.setdefault(
+                    id(stored_weight(module, slot)), SteeredWeight(weight.name, module, slot, [])
+                )
                 if not any(offset is other for other in steered.offsets):
                     steered.offsets.append(offset)
         return {key: list(group.values()) for key, group in groups.items()}
 
     def _weight_versions(self) -> int:
         return sum(
-            module.stored_weight(slot)._version for _, module in self._modules for slot in module._autosparse_slots
+            stored_weight(module, slot)._version for _, module in self._modules for slot in module._autosparse_slots
         )
 
 
@@ -228,7 +232,7 @@ class _DeferredCheck:
         if bool(self._finite):
             return
         for weight in self._weights:
-            values = weight.module.stored_weight(weight.slot).detach()
+            values = stored_weight(weight.module, weight.slot).detach()
             if not bool(torch.isfinite(values).all()):
                 raise RuntimeError(
                     f"weight '{weight.name}' {list(values.shape)} holds NaN or infinite values, so its sparsity "
@@ -266,7 +270,7 @@ def param_groups(
         ValueError: if the model is not sparse.
     """
     thresholds = {
-        id(p): p for _, m in masked_modules(model) for p in (m.mask_state(slot)[0] for slot in m._autosparse_slots)
+        id(p): p for _, m in masked_modules(model) for p in (mask_state(m, slot)[0] for slot in m._autosparse_slots)
     }
     if not thresholds:
         raise ValueError(f"{type(model).__name__} is not sparse: call autosparse_fx.sparsify(model) first")

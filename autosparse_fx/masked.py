@@ -8,79 +8,21 @@ that eager code, Dynamo, export and make_fx all see one ``threshold_mask`` node,
 """
 
 import copyreg
-import functools
-import threading
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from autosparse_fx import _compat
-from autosparse_fx.config import AutoSparse
 from autosparse_fx.initial import initial_logit
 from autosparse_fx.ops import threshold_mask
+from autosparse_fx.plan import ModuleState, Slot
+from autosparse_fx.reads import masked_once, masking_once
 
 ALPHA = "autosparse_alpha"  # the non-persistent buffer, shared by all masked modules of a model on one device
-
-
-class Slot(NamedTuple):
-    """A masked name of a module class; ``axis`` is the dimension of the weight that a per-channel threshold follows."""
-
-    name: str
-    axis: int
-
-    @property
-    def threshold(self) -> str:
-        return f"{self.name}_threshold"
-
-    @property
-    def offset(self) -> str:
-        return f"{self.name}_offset"
-
-
-class _DenseScope:
-    """How many ``dense_weights`` contexts are open. A copy made inside one leaves it together with its original."""
-
-    depth = 0
-
-    def __deepcopy__(self, memo: dict[int, object]) -> "_DenseScope":
-        return self if self.depth else _DenseScope()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _DenseScope, ()
-
-
-@dataclass(eq=False)
-class Plan:
-    """What one ``sparsify`` decided; shared by all modules that it masked, copied and pickled with them."""
-
-    config: AutoSparse
-    skipped: dict[str, str] = field(default_factory=dict)  # full name -> reason
-    tied_embeddings: list[str] = field(default_factory=list)
-    scope: _DenseScope = field(default_factory=_DenseScope)
-    warned_of_dense_checkpoint: bool = False
-    annealed_steps: int = 0
-
-
-@dataclass(eq=False)
-class MaskedWeight:
-    """The settings of one masked tensor; modules that share the tensor share this object."""
-
-    name: str  # the full name that it had in ``sparsify``
-    config: AutoSparse  # of the rule that applies
-    provisional: bool = False  # threshold_init="auto" was computed without the weights' values
-
-
-@dataclass(eq=False)
-class ModuleState:
-    """What a masked module carries in ``_autosparse``."""
-
-    plan: Plan
-    weights: dict[str, MaskedWeight]
 
 
 class MaskedModule(nn.Module):
@@ -90,57 +32,6 @@ class MaskedModule(nn.Module):
     _autosparse_base: type[nn.Module]
     _autosparse_slots: tuple[Slot, ...]
     _autosparse_scale: float
-
-    def logit(self, slot: Slot) -> Tensor:
-        """Return ``s = offset + scale * threshold``, shaped ``[1]``, or ``[C, 1, ...]`` for per-channel thresholds."""
-        threshold, offset = self.mask_state(slot)
-        if _compat.is_sharded_by_fsdp(self, threshold):
-            threshold = _compat.full_tensor(threshold)  # type: ignore[assignment]
-        s: Tensor = offset + self._autosparse_scale * threshold
-        if s.shape[0] != 1:
-            dims = self.stored_weight(slot).dim()
-            s = s.view([-1 if d == slot.axis else 1 for d in range(dims)])
-        return s
-
-    def stored_weight(self, slot: Slot) -> nn.Parameter:
-        """Return the dense parameter behind ``self.<name>``."""
-        parameter: Any = self._parameters[slot.name]
-        return parameter  # type: ignore[no-any-return]
-
-    def mask_state(self, slot: Slot) -> tuple[nn.Parameter, Tensor]:
-        """Return the threshold parameter and the offset buffer of one weight."""
-        threshold: Any = self._parameters[slot.threshold]
-        offset: Any = self._buffers[slot.offset]
-        return threshold, offset
-
-    def alpha(self) -> Tensor:
-        """Return the 0-d float32 buffer that holds alpha."""
-        alpha: Any = self._buffers[ALPHA]
-        return alpha  # type: ignore[no-any-return]
-
-    def masked_weight(self, slot: Slot) -> Tensor:
-        """Return what ``self.<name>`` reads: the masked weight, or the parameter itself where it must be dense."""
-        weight = self.stored_weight(slot)
-        if (
-            self._parameters.get(slot.threshold) is None
-            or self._autosparse.plan.scope.depth > 0
-            or _compat.is_sharded_by_fsdp(self, weight)
-        ):
-            return weight
-        if torch.compiler.is_compiling():
-            return threshold_mask(weight, self.logit(slot), self.alpha())
-        memo = _reads.memo
-        key = (id(weight), torch.is_grad_enabled())
-        if memo is not None and key in memo:
-            return memo[key][1]
-        masked = threshold_mask(weight, self.logit(slot), self.alpha())
-        if memo is not None:
-            memo[key] = (weight, masked)  # holding the weight keeps its id from being used again
-        return masked
-
-    def masked_value(self, slot: Slot) -> Tensor:
-        """Return the masked weight wherever it is read from, gathered where FSDP2 holds it sharded."""
-        return threshold_mask(_compat.full_tensor(self.stored_weight(slot)), self.logit(slot), self.alpha())
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(max(int(protocol), 2))
@@ -177,7 +68,7 @@ class MaskedModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move thresholds, offsets and alpha along, but keep them in float32 and shared where they were shared."""
-        held = {id(t) for t in self._own_state()}
+        held = {id(t) for t in _own_state(self)}
         was_meta = [slot for slot in self._autosparse_slots if _is_meta(self._parameters.get(slot.threshold))]
 
         def keep_float32(t: Tensor) -> Tensor:
@@ -188,15 +79,6 @@ class MaskedModule(nn.Module):
             if not _is_meta(self._parameters[slot.threshold]):
                 reset_mask(self, slot)
         return self
-
-    def _own_state(self) -> Iterator[Tensor]:
-        for slot in self._autosparse_slots:
-            threshold, offset = self._parameters.get(slot.threshold), self._buffers.get(slot.offset)
-            if threshold is not None and offset is not None:
-                yield from (t for t in (threshold, threshold.grad, offset) if t is not None)
-        alpha = self._buffers.get(ALPHA)
-        if alpha is not None:
-            yield alpha
 
     def _load_from_state_dict(
         self,
@@ -237,6 +119,80 @@ class MaskedModule(nn.Module):
             )
 
 
+def logit(module: MaskedModule, slot: Slot) -> Tensor:
+    """Return ``s = offset + scale * threshold``, shaped ``[1]``, or ``[C, 1, ...]`` for per-channel thresholds."""
+    threshold, offset = mask_state(module, slot)
+    if _compat.is_sharded_by_fsdp(module, threshold):
+        threshold = _compat.full_tensor(threshold)  # type: ignore[assignment]
+    s: Tensor = offset + module._autosparse_scale * threshold
+    if s.shape[0] != 1:
+        dims = stored_weight(module, slot).dim()
+        s = s.view([-1 if d == slot.axis else 1 for d in range(dims)])
+    return s
+
+
+def stored_weight(module: MaskedModule, slot: Slot) -> nn.Parameter:
+    """Return the dense parameter behind ``module.<name>``."""
+    parameter: Any = module._parameters[slot.name]
+    return parameter  # type: ignore[no-any-return]
+
+
+def mask_state(module: MaskedModule, slot: Slot) -> tuple[nn.Parameter, Tensor]:
+    """Return the threshold parameter and the offset buffer of one weight."""
+    threshold: Any = module._parameters[slot.threshold]
+    offset: Any = module._buffers[slot.offset]
+    return threshold, offset
+
+
+def alpha_of(module: MaskedModule) -> Tensor:
+    """Return the 0-d float32 buffer that holds alpha."""
+    alpha: Any = module._buffers[ALPHA]
+    return alpha  # type: ignore[no-any-return]
+
+
+def masked_weight(module: MaskedModule, slot: Slot) -> Tensor:
+    """Return what ``module.<name>`` reads: the masked weight, or the parameter itmodule where it must be dense."""
+    weight = stored_weight(module, slot)
+    if (
+        module._parameters.get(slot.threshold) is None
+        or module._autosparse.plan.scope.depth > 0
+        or _compat.is_sharded_by_fsdp(module, weight)
+    ):
+        return weight
+    if torch.compiler.is_compiling():
+        return threshold_mask(weight, logit(module, slot), alpha_of(module))
+    return masked_once(weight, lambda: threshold_mask(weight, logit(module, slot), alpha_of(module)))
+
+
+def masked_value(module: MaskedModule, slot: Slot) -> Tensor:
+    """Return the masked weight wherever it is read from, gathered where FSDP2 holds it sharded."""
+    return threshold_mask(_compat.full_tensor(stored_weight(module, slot)), logit(module, slot), alpha_of(module))
+
+
+def reset_mask(module: MaskedModule, slot: Slot) -> None:
+    """Set threshold, offset and alpha of one weight to their initial values, in place."""
+    weight = module._autosparse.weights[slot.name]
+    threshold, offset = mask_state(module, slot)
+    if threshold.is_meta:
+        return
+    with torch.no_grad():
+        threshold.zero_()
+        init = weight.config.threshold_init
+        logit, weight.provisional = initial_logit(stored_weight(module, slot), init, slot.axis)
+        offset.fill_(logit)
+        alpha_of(module).fill_(module._autosparse.plan.config.alpha)
+
+
+def _own_state(module: MaskedModule) -> Iterator[Tensor]:
+    for slot in module._autosparse_slots:
+        threshold, offset = module._parameters.get(slot.threshold), module._buffers.get(slot.offset)
+        if threshold is not None and offset is not None:
+            yield from (t for t in (threshold, threshold.grad, offset) if t is not None)
+    alpha = module._buffers.get(ALPHA)
+    if alpha is not None:
+        yield alpha
+
+
 class _MaskedRNN(MaskedModule):
     """A recurrent layer, which hands a list of its weights to one fused kernel, and caches that list."""
 
@@ -260,33 +216,10 @@ class _MaskedRNN(MaskedModule):
         pass  # it would flatten the masked copies
 
 
-class _Reads(threading.local):
-    memo: dict[tuple[int, bool], tuple[Tensor, Tensor]] | None = None
-
-
-_reads = _Reads()
-
-
-def _masking_once(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``forward`` so that, in eager mode, each weight that it reads is masked once, however often it reads it."""
-
-    @functools.wraps(forward)
-    def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or _reads.memo is not None:
-            return forward(self, *args, **kwargs)
-        _reads.memo = {}
-        try:
-            return forward(self, *args, **kwargs)
-        finally:
-            _reads.memo = None
-
-    return wrapper
-
-
 def _property(slot: Slot) -> property:
     def read(self: MaskedModule) -> Tensor:
         try:
-            return self.masked_weight(slot)
+            return masked_weight(self, slot)
         except AttributeError as error:  # nn.Module.__getattr__ would answer with the dense parameter
             raise RuntimeError(f"autosparse_fx could not mask {_describe(self, slot.name)}: {error}") from error
 
@@ -336,7 +269,7 @@ def _make_masked_class(base: type[nn.Module], slots: tuple[Slot, ...], scale: fl
         "_autosparse_base": base,
         "_autosparse_slots": slots,
         "_autosparse_scale": scale,
-        "forward": _masking_once(base.forward),
+        "forward": masking_once(base.forward),
     }
     if slots and hasattr(base, "reset_parameters"):
         namespace["reset_parameters"] = _refuse_reset
@@ -347,72 +280,6 @@ def _make_masked_class(base: type[nn.Module], slots: tuple[Slot, ...], scale: fl
 def _new_masked_module(base: type[nn.Module], slots: tuple[Slot, ...], scale: float) -> nn.Module:
     cls = masked_class(base, slots, scale)
     return cls.__new__(cls)
-
-
-def attach(
-    module: nn.Module,
-    slot: Slot,
-    weight: MaskedWeight,
-    plan: Plan,
-    threshold: nn.Parameter,
-    offset: Tensor,
-    alpha: Tensor,
-) -> None:
-    """Make ``module`` read ``slot.name`` masked by ``threshold`` and ``offset``."""
-    if isinstance(module, MaskedModule):
-        slots = tuple(s for s in module._autosparse_slots if s.name != slot.name)
-        module._autosparse.weights[slot.name] = weight
-    else:
-        slots = ()
-        module.__dict__["_autosparse"] = ModuleState(plan, {slot.name: weight})
-    remask(module, (*slots, slot), plan)
-    module._parameters[slot.threshold] = threshold
-    module._buffers[slot.offset] = offset
-    module._buffers[ALPHA] = alpha
-    module._non_persistent_buffers_set.add(ALPHA)
-
-
-def remask(module: nn.Module, slots: tuple[Slot, ...], plan: Plan) -> None:
-    """Set the class of ``module`` to the masked class of its original class for ``slots``."""
-    base = module._autosparse_base if isinstance(module, MaskedModule) else type(module)
-    module.__dict__.setdefault("_autosparse", ModuleState(plan, {}))
-    module.__dict__.pop("_flat_weights", None)
-    module.__class__ = masked_class(base, slots, plan.config.threshold_scale)
-
-
-def detach(module: nn.Module) -> None:
-    """Undo :func:`attach`: the original class, no thresholds, no offsets."""
-    assert isinstance(module, MaskedModule)
-    for slot in module._autosparse_slots:
-        module._parameters.pop(slot.threshold, None)
-        module._buffers.pop(slot.offset, None)
-        module._non_persistent_buffers_set.discard(slot.offset)
-    module._buffers.pop(ALPHA, None)
-    module._non_persistent_buffers_set.discard(ALPHA)
-    del module.__dict__["_autosparse"]
-    original: nn.Module = module
-    original.__class__ = module._autosparse_base
-    if isinstance(original, nn.RNNBase):
-        original._init_flat_weights()
-        original.flatten_parameters()
-
-
-def reset_mask(module: MaskedModule, slot: Slot) -> None:
-    """Set threshold, offset and alpha of one weight to their initial values, in place."""
-    weight = module._autosparse.weights[slot.name]
-    threshold, offset = module.mask_state(slot)
-    if threshold.is_meta:
-        return
-    with torch.no_grad():
-        threshold.zero_()
-        logit, weight.provisional = initial_logit(module.stored_weight(slot), weight.config.threshold_init, slot.axis)
-        offset.fill_(logit)
-        module.alpha().fill_(module._autosparse.plan.config.alpha)
-
-
-def masked_modules(model: nn.Module) -> list[tuple[str, MaskedModule]]:
-    """The modules of ``model`` that read masked weights, each once, with their names."""
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, MaskedModule)]
 
 
 def _describe(module: Any, name: str) -> str:

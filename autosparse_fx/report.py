@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autosparse_fx.masked import MaskedModule, Slot, masked_modules
+from autosparse_fx.attach import masked_modules
+from autosparse_fx.masked import MaskedModule, logit, mask_state, masked_value
+from autosparse_fx.plan import Slot
 from autosparse_fx.selection import collect
 
 __all__ = ["LayerReport", "SparsityReport", "report", "sparsity", "thresholds"]
@@ -142,8 +144,8 @@ def report(model: nn.Module) -> SparsityReport:
         cut = target = None
         if masked is not None:
             module, slot = masked
-            weight = module.masked_value(slot)
-            cut = float(torch.sigmoid(module.logit(slot)).mean())
+            weight = masked_value(module, slot)
+            cut = float(torch.sigmoid(logit(module, slot)).mean())
             target = module._autosparse.weights[slot.name].config.target_sparsity
         layers.append(
             LayerReport(
@@ -178,7 +180,7 @@ def thresholds(model: nn.Module) -> dict[str, Tensor]:
         masked = _masked_holder(candidate.holders)
         if masked is not None:
             module, slot = masked
-            found[candidate.name] = module.logit(slot).detach().reshape(-1).clone()
+            found[candidate.name] = logit(module, slot).detach().reshape(-1).clone()
     return found
 
 
@@ -203,4 +205,4 @@ def _masked_holder(holders: list[tuple[nn.Module, str]]) -> tuple[MaskedModule, 
 
 
 def _thresholds_of(model: nn.Module) -> set[int]:
-    return {id(module.mask_state(slot)[0]) for _, module in masked_modules(model) for slot in module._autosparse_slots}
+    return {id(mask_state(module, slot)[0]) for _, module in masked_modules(model) for slot in module._autosparse_slots}

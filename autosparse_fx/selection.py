@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from autosparse_fx.config import AutoSparse, matches
-from autosparse_fx.masked import Slot
+from autosparse_fx.plan import Slot
 
 # Suffixes under which torch.nn.utils keeps a weight that it owns.
 _OWNED = {"_orig": "torch.nn.utils.prune", "_g": "torch.nn.utils.weight_norm", "_v": "torch.nn.utils.weight_norm"}

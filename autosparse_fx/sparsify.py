@@ -9,20 +9,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from autosparse_fx.attach import attach, detach, masked_modules, remask
 from autosparse_fx.config import AutoSparse
 from autosparse_fx.initial import initial_logit
-from autosparse_fx.masked import (
-    ALPHA,
-    MaskedModule,
-    MaskedWeight,
-    Plan,
-    Slot,
-    attach,
-    detach,
-    masked_class,
-    masked_modules,
-    remask,
-)
+from autosparse_fx.masked import ALPHA, MaskedModule, alpha_of, mask_state, masked_class, masked_value, stored_weight
+from autosparse_fx.plan import MaskedWeight, Plan, Slot
 from autosparse_fx.registry import remember
 from autosparse_fx.report import group_sparsities
 from autosparse_fx.selection import collect, select
@@ -145,10 +136,10 @@ def finalize(model: ModuleT) -> ModuleT:
     with torch.no_grad():
         for _, module in modules:
             for slot in module._autosparse_slots:
-                parameter = module.stored_weight(slot)
+                parameter = stored_weight(module, slot)
                 if id(parameter) not in done:
                     done.add(id(parameter))
-                    parameter.copy_(module.masked_value(slot))
+                    parameter.copy_(masked_value(module, slot))
     for _, module in modules:
         detach(module)
     return model
@@ -195,14 +186,14 @@ def _reconcile(model: nn.Module, before: dict[str, tuple[Any, Slot]]) -> None:
         done.add(id(candidate))
         state = source._autosparse
         weight = state.weights[slot.name]
-        threshold, offset = source.mask_state(slot)
+        threshold, offset = mask_state(source, slot)
         if id(threshold) in taken:
             threshold, offset = nn.Parameter(threshold.detach().clone()), offset.clone()
             weight = MaskedWeight(name, weight.config, weight.provisional)
         if threshold.shape != _threshold_shape(candidate.parameter, slot.axis, weight.config):
             threshold, offset = _resized(candidate.parameter, slot.axis, weight, threshold, offset)
         taken.add(id(threshold))
-        alpha = source.alpha()
+        alpha = alpha_of(source)
         for module, held in candidate.holders:
             attach(module, Slot(held, slot.axis), weight, state.plan, threshold, offset, alpha)
     remember(model.parameters())

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autosparse_fx._compat import full_tensor
-from autosparse_fx.masked import MaskedModule, Slot
+from autosparse_fx.masked import MaskedModule, logit, stored_weight
+from autosparse_fx.plan import Slot
 
 MAX_CUT = 0.95
 BINS = 4096
@@ -68,8 +69,8 @@ def steer(
     samples, log_cuts, cuts, numels, sizes = [], [], [], [], []
     parameters = []
     for weight in weights:
-        parameter = full_tensor(weight.module.stored_weight(weight.slot).detach())
-        log_cut = F.logsigmoid(weight.module.logit(weight.slot)).reshape(-1)
+        parameter = full_tensor(stored_weight(weight.module, weight.slot).detach())
+        log_cut = F.logsigmoid(logit(weight.module, weight.slot)).reshape(-1)
         sample, sample_cut = _sample(parameter, log_cut, weight.slot.axis, limit, seed)
         samples.append(sample.float())
         cuts.append(sample_cut)

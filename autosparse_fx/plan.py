@@ -1,0 +1,62 @@
+"""What ``sparsify`` decided, as the masked modules carry it along."""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from autosparse_fx.config import AutoSparse
+
+
+class Slot(NamedTuple):
+    """A masked name of a module class; ``axis`` is the dimension of the weight that a per-channel threshold follows."""
+
+    name: str
+    axis: int
+
+    @property
+    def threshold(self) -> str:
+        return f"{self.name}_threshold"
+
+    @property
+    def offset(self) -> str:
+        return f"{self.name}_offset"
+
+
+class _DenseScope:
+    """How many ``dense_weights`` contexts are open. A copy made inside one leaves it together with its original."""
+
+    depth = 0
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "_DenseScope":
+        return self if self.depth else _DenseScope()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _DenseScope, ()
+
+
+@dataclass(eq=False)
+class Plan:
+    """What one ``sparsify`` decided; shared by all modules that it masked, copied and pickled with them."""
+
+    config: AutoSparse
+    skipped: dict[str, str] = field(default_factory=dict)  # full name -> reason
+    tied_embeddings: list[str] = field(default_factory=list)
+    scope: _DenseScope = field(default_factory=_DenseScope)
+    warned_of_dense_checkpoint: bool = False
+    annealed_steps: int = 0
+
+
+@dataclass(eq=False)
+class MaskedWeight:
+    """The settings of one masked tensor; modules that share the tensor share this object."""
+
+    name: str  # the full name that it had in ``sparsify``
+    config: AutoSparse  # of the rule that applies
+    provisional: bool = False  # threshold_init="auto" was computed without the weights' values
+
+
+@dataclass(eq=False)
+class ModuleState:
+    """What a masked module carries in ``_autosparse``."""
+
+    plan: Plan
+    weights: dict[str, MaskedWeight]

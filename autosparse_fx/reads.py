@@ -1,0 +1,47 @@
+"""One mask per weight and forward in eager mode, however often a module reads the weight.
+
+Recurrent layers and attention read theirs several times. A compiled graph needs none of this: there ``dedupe_masks``,
+or the compiler's own elimination of common subexpressions, merges the nodes.
+"""
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class _Reads(threading.local):
+    memo: dict[tuple[int, bool], tuple[Tensor, Tensor]] | None = None
+
+
+_reads = _Reads()
+
+
+def masking_once(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``forward`` so that, in eager mode, each weight that it reads is masked once, however often it reads it."""
+
+    @functools.wraps(forward)
+    def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or _reads.memo is not None:
+            return forward(self, *args, **kwargs)
+        _reads.memo = {}
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            _reads.memo = None
+
+    return wrapper
+
+
+def masked_once(weight: Tensor, mask: Callable[[], Tensor]) -> Tensor:
+    """Return ``mask()``, or what it returned before in the same forward for the same weight and grad mode."""
+    memo = _reads.memo
+    if memo is None:
+        return mask()
+    key = (id(weight), torch.is_grad_enabled())
+    if key not in memo:
+        memo[key] = (weight, mask())  # holding the weight keeps its id from being used again
+    return memo[key][1]
