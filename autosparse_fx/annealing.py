@@ -1,5 +1,6 @@
 """GradientAnnealing: after every optimizer step it lowers alpha, and steers the thresholds to the target."""
 
+import operator
 import warnings
 import weakref
 from collections.abc import Iterable
@@ -49,7 +50,7 @@ class GradientAnnealing:
         modules = masked_modules(model)
         if not modules:
             raise ValueError(f"{type(model).__name__} is not sparse: call autosparse_fx.sparsify(model) first")
-        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps <= 0:
+        if isinstance(total_steps, bool) or not hasattr(total_steps, "__index__") or total_steps <= 0:
             raise ValueError(f"total_steps must be a positive number of optimizer steps, got {total_steps!r}")
         plans = {id(m._autosparse.plan): m._autosparse.plan for _, m in modules}
         configs = [plan.config for plan in plans.values()]
@@ -60,7 +61,7 @@ class GradientAnnealing:
             )
         if optimizer is not None:
             _warn_of_missing_parameters(model, optimizer)
-        self.total_steps = total_steps
+        self.total_steps = operator.index(total_steps)
         self._config = configs[0]
         self._plans = list(plans.values())
         self._model = model
@@ -241,8 +242,9 @@ class _DeferredCheck:
                 )
         raise RuntimeError(
             f"target_sparsity={self._target} cannot be reached over {len(self._weights)} weights "
-            f"('{self._weights[0].name}', ...): too many are above 1, where no cut sigmoid(s) reaches; scale "
-            "them down, use weight decay, or leave their layers dense with rules={...: None}"
+            f"('{self._weights[0].name}', ...): too many are above 1, where no cut sigmoid(s) reaches, or in layers at "
+            "max_layer_sparsity; scale the weights down, use weight decay, leave layers dense with rules={...: None}, "
+            "or lower the target"
         )
 
 

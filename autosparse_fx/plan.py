@@ -39,7 +39,6 @@ class Plan:
 
     config: AutoSparse
     skipped: dict[str, str] = field(default_factory=dict)  # full name -> reason
-    tied_embeddings: list[str] = field(default_factory=list)
     scope: _DenseScope = field(default_factory=_DenseScope)
     warned_of_dense_checkpoint: bool = False
     annealed_steps: int = 0

@@ -39,6 +39,7 @@ class SparsityReport:
     layers: tuple[LayerReport, ...]
     parameters: int  # of the model, thresholds not counted
     skipped: dict[str, tuple[int, str]] = field(default_factory=dict)  # full name -> (numel, reason)
+    masked_embeddings: tuple[str, ...] = ()  # masked because they are tied to a masked weight
 
     @property
     def numel(self) -> int:
@@ -73,6 +74,7 @@ class SparsityReport:
                 }
                 for layer in self.layers
             ],
+            "masked_embeddings": list(self.masked_embeddings),
             "skipped": {name: {"numel": numel, "reason": why} for name, (numel, why) in self.skipped.items()},
         }
 
@@ -104,6 +106,10 @@ class SparsityReport:
 
         rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
         lines = [line(rows[0]), rule, *map(line, rows[1:-2]), rule, *map(line, rows[-2:])]
+        if self.masked_embeddings:
+            lines.append(
+                f"embeddings that are masked as the weights they are tied to: {', '.join(self.masked_embeddings)}"
+            )
         if self.skipped:
             by_reason: dict[str, list[str]] = {}
             for name, (_, why) in self.skipped.items():
@@ -127,6 +133,7 @@ def report(model: nn.Module) -> SparsityReport:
     parameters = 0
     prepared = bool(masked_modules(model))
     reasons: dict[str, str] = {}
+    embeddings: list[str] = []
     for _, module in masked_modules(model):
         reasons |= module._autosparse.plan.skipped
     own = _thresholds_of(model)
@@ -143,6 +150,8 @@ def report(model: nn.Module) -> SparsityReport:
         weight: Tensor = candidate.parameter
         cut = target = None
         if masked is not None:
+            if any(isinstance(module, nn.Embedding) for module, _ in candidate.holders):
+                embeddings.append(candidate.name)
             module, slot = masked
             weight = masked_value(module, slot)
             cut = float(torch.sigmoid(logit(module, slot)).mean())
@@ -158,7 +167,7 @@ def report(model: nn.Module) -> SparsityReport:
                 tuple(candidate.names[1:]),
             )
         )
-    return SparsityReport(tuple(layers), parameters, skipped)
+    return SparsityReport(tuple(layers), parameters, skipped, tuple(embeddings))
 
 
 def sparsity(model: nn.Module) -> float:

@@ -34,7 +34,6 @@ class Selection:
 
     chosen: list[tuple[Candidate, AutoSparse]] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
-    tied_embeddings: list[str] = field(default_factory=list)
 
 
 def layer_weights(module: nn.Module) -> list[Slot]:
@@ -88,7 +87,9 @@ def select(model: nn.Module, config: AutoSparse, used: dict[int, int] | None = N
             names = ", ".join(c.name for c in candidates if c.axis is not None) or "none"
             raise ValueError(f"AutoSparse.rules: {given!r} matches no parameter of the model; its weights are {names}")
     for candidate in candidates:
-        axis = candidate.axis if used is None else used.get(id(candidate.parameter), candidate.axis)
+        axis = candidate.axis
+        if axis is None and used is not None:
+            axis = used.get(id(candidate.parameter))
         if axis is None:
             selection.skipped[candidate.name] = _reason(candidate)
             continue
@@ -99,8 +100,6 @@ def select(model: nn.Module, config: AutoSparse, used: dict[int, int] | None = N
         _check_tensor(candidate)
         candidate.axis = axis
         selection.chosen.append((candidate, rule))
-        if any(isinstance(module, nn.Embedding) for module, _ in candidate.holders):
-            selection.tied_embeddings.append(candidate.name)
     chosen = {id(candidate) for candidate, _ in selection.chosen}
     for rule_pattern, found in matched.items():
         if config.rules[rule_pattern] is not None and not any(id(c) in chosen for c in found):

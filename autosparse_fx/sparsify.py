@@ -17,6 +17,7 @@ from autosparse_fx.plan import MaskedWeight, Plan, Slot
 from autosparse_fx.registry import remember
 from autosparse_fx.report import group_sparsities
 from autosparse_fx.selection import collect, select
+from autosparse_fx.steering import TOLERANCE
 
 __all__ = ["dense_weights", "finalize", "sparsify"]
 
@@ -24,8 +25,7 @@ log = logging.getLogger(__name__)
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 # Modules that read the weights of their children more than once in a forward.
-_READS_CHILDREN = (nn.TransformerEncoderLayer,)
-TOLERANCE = 0.005  # of a reached sparsity, as a fraction
+_READS_CHILDREN = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
 
 
 def sparsify(
@@ -83,7 +83,7 @@ def sparsify(
                     raise ValueError(
                         f"{type(module).__name__} that holds '{candidate.name}' has an attribute '{new}' already"
                     )
-    plan = Plan(config, dict(selection.skipped), list(selection.tied_embeddings))
+    plan = Plan(config, selection.skipped)
 
     # Everything that can fail comes before the first change.
     alphas: dict[torch.device, Tensor] = {}

@@ -28,6 +28,7 @@ from autosparse_fx.plan import Slot
 
 MAX_CUT = 0.95
 BINS = 4096
+TOLERANCE = 0.005  # of a reached sparsity, as a fraction: within it a target counts as reached
 SAMPLE = 2**16  # weights per layer in an ordinary shift: 0.1 points of standard error for one layer, less in total
 FINAL_SAMPLE = 2**22  # in the last one
 
@@ -126,7 +127,7 @@ def _common_shift(
             bounded = fraction[:, -1] > cap
             layer_d = torch.where(bounded, edge[within.clamp(min=0)], layer_d)
             layer_d = torch.where(zeros >= cap, 0.0, layer_d)
-            feasible = reached[-1] >= sparsity - 1e-4
+            feasible = reached[-1] >= sparsity - TOLERANCE
         at = torch.searchsorted(reached, torch.full((1,), sparsity, device=margin.device))[0].clamp(1, BINS)
         below, above = reached[at - 1], reached[at]
         part = ((sparsity - below) / (above - below).clamp(min=1e-12)).clamp(0, 1)

@@ -1,5 +1,7 @@
 """The training example: results, checkpoints that survive being killed, and errors that say what to do."""
 
+import gzip
+import io
 import json
 import signal
 import subprocess
@@ -17,8 +19,9 @@ TINY = ("--data", "digits", "--epochs", "4", "--no-compile", "--threads", "1", "
 
 
 @pytest.fixture(autouse=True)
-def _restore_threads():
+def _one_thread():
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
@@ -112,15 +115,13 @@ def make_image_folder(root):
 
 
 def test_order_and_augmentation_depend_on_seed_epoch_and_step_alone(tmp_path):
-    from _data import TensorSplit, load_data
+    from _data import TensorSplit
 
     images = torch.randint(256, (40, 3, 8, 8), dtype=torch.uint8)
     statistics = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
     memory = TensorSplit(images, torch.arange(40), *statistics, augment=True)
     make_image_folder(tmp_path)
-    folder = load_data(
-        "imagefolder", tmp_path, device=torch.device("cpu"), download=False, rgb=True, image_size=32, workers=0
-    ).train
+    folder = load("imagefolder", tmp_path).train
     for split in (memory, folder):
         whole = list(split.batches(4, seed=3, epoch=1, start=0))
         state = torch.get_rng_state()
@@ -129,6 +130,59 @@ def test_order_and_augmentation_depend_on_seed_epoch_and_step_alone(tmp_path):
         assert_same(whole[2:], rest)
         other = next(split.batches(4, seed=3, epoch=2, start=0))
         assert not torch.equal(other[0], whole[0][0])
+
+
+def load(name, folder, **options):
+    from _data import load_data
+
+    defaults = {"download": False, "rgb": False, "image_size": 32, "workers": 0}
+    return load_data(name, folder, device=torch.device("cpu"), **{**defaults, **options})
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_reads_fashion_mnist_files(packed, tmp_path):
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    images = np.random.default_rng(0).integers(256, size=(20, 28, 28), dtype=np.uint8)
+    for prefix in ("train", "t10k"):
+        for kind, header, values in (
+            ("images-idx3", 16, images),
+            ("labels-idx1", 8, np.arange(20, dtype=np.uint8) % 10),
+        ):
+            content = bytes(header) + values.tobytes()
+            name = raw / f"{prefix}-{kind}-ubyte"
+            if packed:
+                name.with_name(name.name + ".gz").write_bytes(gzip.compress(content))
+            else:
+                name.write_bytes(content)
+    data = load("fashion-mnist", tmp_path)
+    assert (data.channels, data.size, data.num_classes) == (1, 28, 10)
+    x, y = next(data.test.eval_batches(20))
+    assert torch.equal(y, torch.arange(20) % 10)
+    torch.testing.assert_close(x[:, 0], (torch.from_numpy(images).float() / 255 - 0.2860) / 0.3530)
+    assert load("fashion-mnist", tmp_path, rgb=True).channels == 3
+
+
+def test_reads_cifar10_jpeg_streams(tmp_path):
+    from PIL import Image
+
+    arrays = {}
+    for half, count in (("train", 6), ("test", 3)):
+        streams = []
+        for index in range(count):
+            stream = io.BytesIO()
+            Image.new("RGB", (32, 32), (40 * index, 0, 255)).save(stream, "JPEG")
+            streams.append(stream.getvalue())
+        arrays[f"{half}_jpeg"] = np.frombuffer(b"".join(streams), np.uint8)
+        arrays[f"{half}_offsets"] = np.cumsum([0, *map(len, streams)])
+        arrays[f"{half}_labels"] = np.arange(count, dtype=np.uint8)
+    np.savez(tmp_path / "cifar10_jpeg80.npz", **arrays)
+    data = load("cifar10-jpeg", tmp_path)
+    assert (len(data.train), len(data.test), data.channels, data.size) == (6, 3, 3, 32)
+    x, y = next(data.test.eval_batches(3))
+    assert x.shape == (3, 3, 32, 32) and y.tolist() == [0, 1, 2]
+    red = (x[:, 0] * 0.2470 + 0.4914) * 255
+    torch.testing.assert_close(red.mean((1, 2)), torch.tensor([0.0, 40.0, 80.0]), atol=3, rtol=0)
 
 
 def test_random_crop_and_flip_moves_and_mirrors():
