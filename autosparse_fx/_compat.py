@@ -39,8 +39,8 @@ def is_sharded_by_fsdp(module: nn.Module, parameter: Tensor) -> bool:
     FSDP2 reads sharded parameters through ``getattr(module, name)`` at lazy initialisation and must get them as
     they are. The attribute is what ``fully_shard`` sets on every module that it manages.
     """
-    if not getattr(module, "_is_fsdp_managed_module", False):
-        return False
+    if type(parameter) is nn.Parameter or not getattr(module, "_is_fsdp_managed_module", False):
+        return False  # the type first: it is guarded anyway, and a missing attribute costs a guard in every layer
     from torch.distributed.tensor import DTensor
 
     return isinstance(parameter, DTensor)

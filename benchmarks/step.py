@@ -1,4 +1,4 @@
-"""Measure what masking costs: the compiled sparse training step against the compiled dense one, and the annealer's share.
+"""Measure what masking costs: the compiled sparse training step against the dense one, and the annealer's share.
 
     python benchmarks/step.py --arch resnet18 --batch-size 16
 
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="(default: %(default)s)")
     parser.add_argument("--image-size", type=int, default=224, help="(default: %(default)s)")
     parser.add_argument(
-        "--rounds", type=int, default=15, help="of one dense and one sparse step (default: %(default)s)"
+        "--rounds", type=int, default=15, help="of a dense and a sparse step (default: %(default)s)"
     )
     parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the results here")
@@ -103,8 +103,8 @@ def main() -> None:
         },
     }
     print(
-        f"{args.arch}, batch {args.batch_size}: sparse step / dense step {results['step_ratio']:.3f}, annealer and steering "
-        f"{results['annealer_share']:.2%} of a step, first step (compile) {results['cold_ratio']:.2f}x"
+        f"{args.arch}, batch {args.batch_size}: sparse step / dense step {results['step_ratio']:.3f}, annealer and "
+        f"steering {results['annealer_share']:.2%} of a step, first step (compile) {results['cold_ratio']:.2f}x"
     )
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,10 @@ sys.path.insert(0, str(Path(__file__).parent))  # for `import reference`, in eve
 import pytest
 import torch
 
+# The models of the tests are too small to share out: a second thread costs time on an idle machine, and five times
+# as much on a busy one.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:

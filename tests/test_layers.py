@@ -15,6 +15,11 @@ from torch.utils._pytree import tree_flatten
 
 from autosparse_fx import AutoSparse, report, sparsify
 
+# Both of torch itself, about dense models as well: the second where a compiled graph begins with a computed tensor.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:LSTM with projections is not supported with oneDNN", "ignore:The .grad attribute of a Tensor that is not a leaf"
+)
+
 ALPHA = 0.6
 MASK = torch.ops.autosparse.threshold_mask.default
 
@@ -167,7 +172,7 @@ def test_compiled_equals_eager(layer: Layer, backend: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["inductor", "autosparse"])
 def test_generated_code_equals_eager(backend: str) -> None:
-    names = ("conv2d", "transposed2d", "bilinear", "attention", "linear")
+    names = ("transposed2d", "attention", "bilinear")
     chosen = [layer for layer in LAYERS if layer.name in names]
     pairs = [make_sparse(layer, "channel" if i % 2 else "layer") for i, layer in enumerate(chosen)]
     sparse, dense = (nn.ModuleList(side) for side in zip(*pairs, strict=True))

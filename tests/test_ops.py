@@ -236,14 +236,13 @@ def meta_like(t: Tensor) -> Tensor:
     return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
 
 
-@pytest.mark.parametrize("alpha", [0.0])
 @pytest.mark.parametrize("kind", THRESHOLDS)
-def test_gradcheck_away_from_the_kinks(kind: str, alpha: float) -> None:
+def test_without_alpha_gradcheck_holds_away_from_the_kinks(kind: str) -> None:
     weight = away_from_the_cut(kind)
     s = make_threshold(kind, weight, torch.float64).requires_grad_()
-    alpha_tensor = torch.tensor(alpha, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda w, s: threshold_mask(w, s, alpha_tensor), (weight.requires_grad_(), s))
-    assert torch.autograd.gradgradcheck(lambda w, s: threshold_mask(w, s, alpha_tensor), (weight, s))
+    alpha = torch.tensor(0.0, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda w, s: threshold_mask(w, s, alpha), (weight.requires_grad_(), s))
+    assert torch.autograd.gradgradcheck(lambda w, s: threshold_mask(w, s, alpha), (weight, s))
 
 
 @pytest.mark.parametrize("kind", THRESHOLDS)
@@ -283,6 +282,8 @@ def test_double_backward_equals_the_reference(kind: str, alpha: float) -> None:
         torch.testing.assert_close(seen, expected, rtol=1e-10, atol=1e-12)
 
 
+# torch 2.15's own opcheck reads .grad of the copies that it made of its arguments.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize(
     ("layout", "kind", "dtype"),
     [
@@ -357,11 +358,14 @@ def test_jacrev_of_the_op_is_the_annealed_diagonal() -> None:
     assert torch.equal(jacobian, torch.diag(torch.tensor([1.0, 0.25, 0.25])))
 
 
-def test_func_hessian_equals_the_reference() -> None:
+def test_second_derivatives_by_torch_func_equal_the_reference() -> None:
     weight, s, alpha = torch.randn(6, dtype=torch.float64), torch.tensor([-0.3], dtype=torch.float64), torch.tensor(0.4)
-    seen = torch.func.hessian(lambda s: (threshold_mask(weight, s, alpha) ** 2).sum())(s)
-    expected = torch.func.hessian(lambda s: (reference.masked(weight, s, alpha) ** 2).sum())(s)
-    torch.testing.assert_close(seen, expected)
+
+    def hessian(mask: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        return torch.func.jacrev(torch.func.grad(lambda s: (mask(weight, s, alpha) ** 2).sum()))(s)
+
+    assert bool((hessian(threshold_mask) != 0).all())
+    torch.testing.assert_close(hessian(threshold_mask), hessian(reference.masked))
 
 
 def sparse_linear(granularity: str = "layer") -> nn.Linear:
