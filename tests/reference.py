@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def masked(w: Tensor, s: Tensor, alpha: Tensor | float) -> Tensor:
-    """The masked weight: survivors shrink by ``g = sigmoid(s)``, the others are 0 and pass ``alpha`` of their gradient."""
+    """Survivors shrink by ``g = sigmoid(s)``; the others are 0, and pass ``alpha`` of their gradient."""
     g = torch.sigmoid(s)
     x = w - torch.sign(w) * g
     return torch.where(w.abs() > g, x, alpha * (x - x.detach()))
@@ -75,7 +75,9 @@ def layer_sparsities(model: nn.Module, scale: float = 0.1) -> dict[str, float]:
 
 
 def mlp(inputs: int = 16, hidden: int = 64, outputs: int = 4) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+    return nn.Sequential(
+        nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, outputs)
+    )
 
 
 class ConvNet(nn.Module):
@@ -110,7 +112,7 @@ class Residual(nn.Module):
 
 
 class Tied(nn.Module):
-    """An embedding and an output projection of one tensor, with a linear layer between them; over token ids ``[N, T]``."""
+    """An embedding and an output projection of one tensor, with a linear layer between; over token ids ``[N, T]``."""
 
     def __init__(self, tokens: int = 50, width: int = 32) -> None:
         super().__init__()

@@ -63,7 +63,11 @@ def count(graph: torch.fx.Graph, op: object) -> int:
 
 def as_dtype(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast and keep the strides, those with gaps included."""
-    return torch.empty_strided(weight.shape, weight.stride(), dtype=dtype).copy_(weight) if weight.numel() else weight.to(dtype)
+    return (
+        torch.empty_strided(weight.shape, weight.stride(), dtype=dtype).copy_(weight)
+        if weight.numel()
+        else weight.to(dtype)
+    )
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -275,7 +279,9 @@ def test_double_backward_equals_the_reference(kind: str, alpha: float) -> None:
         value = mask(w, threshold, torch.tensor(alpha, dtype=torch.float64))
         dw, ds = torch.autograd.grad(value, (w, threshold), grad, create_graph=True)
         return list(
-            torch.autograd.grad((dw * u).sum() + (ds * v).sum(), (w, threshold, grad), allow_unused=True, materialize_grads=True)
+            torch.autograd.grad(
+                (dw * u).sum() + (ds * v).sum(), (w, threshold, grad), allow_unused=True, materialize_grads=True
+            )
         )
 
     for seen, expected in zip(second(threshold_mask), second(reference.masked), strict=True):

@@ -1,0 +1,370 @@
+"""Inside ``dense_weights`` a masked name is the stored parameter, for reading and for writing; outside it is not."""
+
+import copy
+import warnings
+from collections.abc import Callable
+
+import pytest
+import reference
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from autosparse_fx import AutoSparse, GradientAnnealing, dense_weights, finalize, report, sparsify
+
+CONFIG = AutoSparse(alpha=0.5, threshold_init=-2.5)
+
+
+def masked_names(model: nn.Module) -> set[str]:
+    return {name for name, *_ in reference.masked_parameters(model)}
+
+
+def assert_masked(model: nn.Module) -> None:
+    """Every masked name reads as the reference says."""
+    for name, module, weight, s in reference.masked_parameters(model):
+        read = getattr(module, name.rpartition(".")[2])
+        assert torch.equal(read, reference.masked(weight, s, 0.0)), name
+        assert (read == 0).any() and not torch.equal(read, weight), name
+
+
+def test_reads_are_the_stored_parameters_inside_and_masked_again_outside() -> None:
+    model = sparsify(nn.Sequential(nn.Linear(6, 4), nn.LSTM(4, 4)), CONFIG)
+    assert_masked(model)
+    with dense_weights(model) as inside:
+        assert inside is model
+        for name, module, weight, _ in reference.masked_parameters(model):
+            assert getattr(module, name.rpartition(".")[2]) is weight
+        assert all(a is b for a, b in zip(model[1]._flat_weights[:2], list(model[1].parameters())[:2], strict=True))
+    assert_masked(model)
+
+
+def test_forward_is_dense_inside() -> None:
+    dense = reference.mlp()
+    model = sparsify(copy.deepcopy(dense), CONFIG)
+    x = torch.randn(3, 16)
+    with dense_weights(model):
+        assert torch.equal(model(x), dense(x))
+    assert not torch.equal(model(x), dense(x))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_model_is_dense_inside_too(backend: str) -> None:
+    dense = reference.mlp()
+    model = sparsify(copy.deepcopy(dense), CONFIG)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    x = torch.randn(3, 16)
+    outside = compiled(x)
+    with dense_weights(model):
+        torch.testing.assert_close(compiled(x), dense(x))
+    torch.testing.assert_close(compiled(x), outside)
+    assert not torch.allclose(outside, dense(x))
+
+
+WRITES: dict[str, Callable[[nn.Linear], object]] = {
+    "nn.init": lambda m: nn.init.constant_(m.weight, 2.0),
+    "data": lambda m: m.weight.data.fill_(2.0),
+    "data assignment": lambda m: setattr(m.weight, "data", torch.full_like(m.weight, 2.0)),
+    "in place": lambda m: m.weight.fill_(2.0),
+    "slice": lambda m: m.weight.__setitem__(slice(None), 2.0),
+    "copy": lambda m: m.weight.copy_(torch.full_like(m.weight, 2.0)),
+    "assignment": lambda m: setattr(m, "weight", nn.Parameter(torch.full((4, 6), 2.0))),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_writes_inside_reach_the_stored_weight(name: str) -> None:
+    model = sparsify(nn.Sequential(nn.Linear(6, 4)), CONFIG)
+    threshold = model[0].weight_threshold
+    with dense_weights(model), torch.no_grad():
+        WRITES[name](model[0])
+    assert torch.equal(model.state_dict()["0.weight"], torch.full((4, 6), 2.0))
+    assert model[0].weight_threshold is threshold
+    torch.testing.assert_close(model[0].weight, torch.full((4, 6), 2.0 - torch.sigmoid(torch.tensor(-2.5)).item()))
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(6, 4),
+    "conv": lambda: nn.Conv2d(3, 4, 3),
+    "bilinear": lambda: nn.Bilinear(3, 4, 5),
+    "lstm": lambda: nn.LSTM(4, 3, 2, bidirectional=True),
+    "gru_cell": lambda: nn.GRUCell(4, 3),
+    "conv_transpose": lambda: nn.ConvTranspose1d(3, 4, 3),
+}
+
+
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_reset_parameters_inside_is_that_of_the_dense_layer(name: str, granularity: str) -> None:
+    """All of it: the weights and biases of the dense layer, and nothing of thresholds and offsets."""
+    dense = LAYERS[name]()
+    model = sparsify(copy.deepcopy(dense), AutoSparse(threshold_init=-2.5, granularity=granularity))
+    own = {n: t.clone() for n, t in model.state_dict().items() if n.endswith(("_threshold", "_offset"))}
+    torch.manual_seed(7)
+    dense.reset_parameters()
+    torch.manual_seed(7)
+    with dense_weights(model):
+        model.reset_parameters()
+    state = model.state_dict()
+    for n, t in own.items():
+        assert torch.equal(state[n], t), n
+    for n, t in dense.state_dict().items():
+        assert torch.equal(state[n], t), n
+    assert_masked(model)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_reset_parameters_outside_is_refused_by_name(name: str) -> None:
+    model = sparsify(LAYERS[name](), CONFIG)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"reset_parameters.*dense_weights"):
+        model.reset_parameters()
+    for n, t in model.state_dict().items():
+        assert torch.equal(t, before[n]), n
+
+
+def test_reset_of_an_attention_layer_outside_is_refused() -> None:
+    """Its name has an underscore, but it is what is called to initialise the layer anew."""
+    model = sparsify(nn.MultiheadAttention(8, 2), CONFIG)
+    before = model.state_dict()["in_proj_weight"].clone()
+    with pytest.raises(RuntimeError, match="dense_weights"):
+        model._reset_parameters()
+    with dense_weights(model):
+        model._reset_parameters()
+    assert not torch.equal(model.state_dict()["in_proj_weight"], before)
+
+
+def test_apply_of_an_init_function_inside() -> None:
+    def init(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.orthogonal_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    dense = reference.mlp()
+    model = sparsify(copy.deepcopy(dense), CONFIG)
+    for m in (dense, model):
+        torch.manual_seed(1)
+        with dense_weights(m):
+            m.apply(init)
+    for n, t in dense.state_dict().items():
+        assert torch.equal(model.state_dict()[n], t), n
+
+
+# Tying.
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 6)
+        self.first = nn.Linear(6, 7, bias=False)
+        self.second = nn.Linear(6, 7, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        return self.first(x) + self.second(x)
+
+
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+def test_weights_tied_inside_share_one_threshold(granularity: str) -> None:
+    model = sparsify(TwoHeads(), AutoSparse(threshold_init=-2.5, granularity=granularity))
+    with dense_weights(model):
+        model.second.weight = model.first.weight
+        model.embed.weight = model.first.weight
+    assert model.first._parameters["weight"] is model.second._parameters["weight"] is model.embed._parameters["weight"]
+    assert model.first.weight_threshold is model.second.weight_threshold is model.embed.weight_threshold
+    assert model.first.weight_offset is model.embed.weight_offset
+    assert torch.equal(model.embed.weight, model.first.weight)
+    assert sum("threshold" in name for name, _ in model.named_parameters()) == 1
+    assert_masked(model)
+    (layer,) = report(model).layers
+    assert {layer.name, *layer.tied} == {"embed.weight", "first.weight", "second.weight"}
+    model(torch.arange(5)).sum().backward()
+    finalize_quietly(model)
+    assert type(model.embed) is nn.Embedding
+    assert list(model.state_dict()) == list(TwoHeads().state_dict())
+
+
+def finalize_quietly(model: nn.Module) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        finalize(model)
+
+
+def test_weights_untied_inside_have_thresholds_of_their_own() -> None:
+    model = TwoHeads()
+    model.second.weight = model.first.weight
+    sparsify(model, CONFIG)
+    with torch.no_grad():
+        model.first.weight_threshold.fill_(3.0)
+    with dense_weights(model):
+        model.second.weight = nn.Parameter(model.second.weight.detach().clone())
+    assert model.first._parameters["weight"] is not model.second._parameters["weight"]
+    assert model.first.weight_threshold is not model.second.weight_threshold
+    assert model.first.weight_offset is not model.second.weight_offset
+    assert model.second.weight_threshold.item() == 3.0  # each goes on from where it was
+    assert masked_names(model) == {"first.weight", "second.weight"}
+    names = {layer.name: layer.tied for layer in report(model).layers}
+    assert names == {"first.weight": (), "second.weight": ()}
+    assert_masked(model)
+
+
+def test_embedding_untied_inside_is_an_embedding_again() -> None:
+    """Embeddings are masked only while they are tied to a masked weight."""
+    model = TwoHeads()
+    model.first.weight = model.embed.weight
+    sparsify(model, CONFIG)
+    with dense_weights(model):
+        model.embed.weight = nn.Parameter(model.embed.weight.detach().clone())
+    assert masked_names(model) == {"first.weight", "second.weight"}
+    assert model.embed.weight is model.embed._parameters["weight"]
+
+
+# Replacing and resizing.
+
+
+@pytest.mark.parametrize(("channels", "kept"), [(6, 4), (4, 4), (3, 3)])
+def test_channel_thresholds_follow_a_resized_weight(channels: int, kept: int) -> None:
+    model = sparsify(nn.Sequential(nn.Linear(6, 4)), AutoSparse(threshold_init=-2.5, granularity="channel"))
+    with torch.no_grad():
+        model[0].weight_threshold.copy_(torch.arange(4.0))
+        model[0].weight_offset.copy_(-torch.arange(1.0, 5.0))
+    with dense_weights(model):
+        model[0].weight = nn.Parameter(torch.randn(channels, 6) / 4)
+        model[0].bias = nn.Parameter(torch.zeros(channels))
+        model[0].out_features = channels
+    module = model[0]
+    assert module.weight_threshold.shape == module.weight_offset.shape == (channels,)
+    assert module.weight_threshold.tolist() == [*range(kept), *[0.0] * (channels - kept)]
+    assert module.weight_offset.tolist() == [*(-1.0 - i for i in range(kept)), *[-2.5] * (channels - kept)]
+    assert model(torch.randn(2, 6)).shape == (2, channels)
+    assert_masked(model)
+
+
+def test_replaced_module_is_masked_in_its_place() -> None:
+    model = sparsify(reference.mlp(), CONFIG)
+    with dense_weights(model):
+        model[4] = nn.Linear(64, 10)
+    assert type(model[4]) is type(model[0])
+    assert masked_names(model) == {"0.weight", "2.weight", "4.weight"}
+    assert "4.weight_threshold" in model.state_dict()
+    assert_masked(model)
+
+
+def test_module_replaced_by_another_kind_is_treated_as_what_it_is() -> None:
+    """A norm that takes the place of a linear layer is a norm."""
+    model = sparsify(reference.mlp(), CONFIG)
+    with dense_weights(model):
+        model[0] = nn.Identity()
+        model[2] = nn.LayerNorm(64)
+    assert masked_names(model) == {"4.weight"}
+    assert type(model[2]) is nn.LayerNorm
+
+
+def test_removed_module_is_simply_gone() -> None:
+    model = sparsify(reference.mlp(), CONFIG)
+    with dense_weights(model):
+        del model[2:]
+    assert masked_names(model) == {"0.weight"}
+    assert_masked(model)
+
+
+def test_layer_left_dense_by_a_rule_stays_dense() -> None:
+    model = sparsify(reference.mlp(), AutoSparse(threshold_init=-2.5, rules={"2.weight": None}))
+    with dense_weights(model):
+        nn.init.ones_(model[2].weight)
+    assert masked_names(model) == {"0.weight", "4.weight"}
+
+
+def test_thresholds_stay_the_same_objects_where_nothing_changed() -> None:
+    model = sparsify(reference.ConvNet(), CONFIG)
+    before = [(n, id(p)) for n, p in model.named_parameters()] + [(n, id(b)) for n, b in model.named_buffers()]
+    classes = [type(m) for m in model.modules()]
+    with dense_weights(model):
+        pass
+    assert [(n, id(p)) for n, p in model.named_parameters()] + [(n, id(b)) for n, b in model.named_buffers()] == before
+    assert [type(m) for m in model.modules()] == classes
+
+
+# The context itself.
+
+
+def test_contexts_nest() -> None:
+    model = sparsify(reference.mlp(), CONFIG)
+    stored = model[0]._parameters["weight"]
+    with dense_weights(model):
+        with dense_weights(model[0]):
+            assert model[0].weight is stored
+        assert model[0].weight is stored
+    assert model[0].weight is not stored
+    assert_masked(model)
+
+
+def test_context_ends_with_an_exception_and_lets_it_through() -> None:
+    model = sparsify(TwoHeads(), CONFIG)
+    with pytest.raises(KeyError, match="mine"), dense_weights(model):
+        model.second.weight = model.first.weight
+        raise KeyError("mine")
+    assert model.first.weight_threshold is model.second.weight_threshold
+    assert_masked(model)
+
+
+def test_copy_made_inside_is_masked_outside() -> None:
+    model = sparsify(reference.mlp(), CONFIG)
+    with dense_weights(model):
+        made = copy.deepcopy(model)
+        assert torch.equal(made[0].weight, made[0]._parameters["weight"])
+    assert_masked(made)
+
+
+def test_copy_made_inside_has_a_context_of_its_own_afterwards() -> None:
+    model = sparsify(reference.mlp(), CONFIG)
+    with dense_weights(model):
+        made = copy.deepcopy(model)
+    with dense_weights(model):
+        assert_masked(made)
+    with dense_weights(made):
+        assert_masked(model)
+
+
+def test_another_model_is_not_affected() -> None:
+    model, other = sparsify(reference.mlp(), CONFIG), sparsify(reference.mlp(), CONFIG)
+    with dense_weights(model):
+        assert_masked(other)
+
+
+def test_training_goes_on_after_it() -> None:
+    model = sparsify(reference.mlp(), AutoSparse(0.8))
+    with dense_weights(model):
+        nn.init.xavier_uniform_(model[0].weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    GradientAnnealing(model, 40, optimizer)
+    reference.train(model, optimizer, reference.classification_batches(40))
+    assert abs(reference.total_sparsity(model) - 0.8) < 0.005
+
+
+# Fusing.
+
+
+def test_conv_bn_fusion_is_exact_inside() -> None:
+    conv, norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 2)
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    model = sparsify(nn.Sequential(conv, norm), CONFIG).eval()
+    dense = fuse_conv_bn_eval(plain_copy(model)[0], norm)
+    with dense_weights(model):
+        fused = fuse_conv_bn_eval(model[0], model[1])
+        stored = fused._parameters["weight"]
+        model[0], model[1] = fused, nn.Identity()
+        x = torch.randn(2, 3, 8, 8)
+        assert torch.equal(model(x), dense(x))
+    assert torch.equal(model.state_dict()["0.weight"], dense.weight) and torch.equal(stored, dense.weight)
+    assert_masked(model)
+
+
+def plain_copy(model: nn.Sequential) -> nn.Sequential:
+    """The dense model with the stored weights."""
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    plain.load_state_dict({name: t for name, t in model.state_dict().items() if name in plain.state_dict()})
+    return plain

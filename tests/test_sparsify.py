@@ -1,0 +1,582 @@
+"""Which weights ``sparsify`` masks, what the rules change about it, and what it refuses without touching the model."""
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import reference
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+import autosparse_fx
+from autosparse_fx import AutoSparse, dense_weights, finalize, report, sparsify, thresholds
+
+
+def masked_names(model: nn.Module) -> set[str]:
+    return {name for name, *_ in reference.masked_parameters(model)}
+
+
+@contextlib.contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """The block changes neither classes, nor state, nor which objects the model consists of."""
+
+    def classes() -> list[type]:
+        return [type(m) for m in model.modules()]
+
+    def parts() -> dict[str, int]:
+        return {name: id(t) for m in model.modules() for name, t in (*m._parameters.items(), *m._buffers.items())}
+
+    before = classes(), parts(), [set(vars(m)) for m in model.modules()]
+    state = {name: t.detach().clone() for name, t in model.state_dict().items() if is_ordinary(t)}
+    yield
+    assert (classes(), parts(), [set(vars(m)) for m in model.modules()]) == before
+    after = {name: t for name, t in model.state_dict().items() if is_ordinary(t)}
+    assert list(after) == list(state)
+    for name, t in after.items():
+        assert torch.equal(t, state[name]), name
+
+
+def is_ordinary(t: Any) -> bool:
+    return isinstance(t, Tensor) and not isinstance(t, nn.parameter.UninitializedTensorMixin)
+
+
+class Vision(nn.Module):
+    """Has one of everything that looks like a weight and is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 8, 4, 4)
+        self.class_token = nn.Parameter(torch.randn(1, 1, 8))
+        self.positions = nn.Parameter(torch.randn(1, 17, 8))
+        self.layer_scale = nn.Parameter(torch.ones(8, 1))
+        self.own = nn.Parameter(torch.randn(8, 8))
+        self.norm = nn.LayerNorm(8)
+        self.group_norm = nn.GroupNorm(2, 8)
+        self.activation = nn.PReLU(8)
+        self.embed = nn.Embedding(5, 8)
+        self.head = nn.Linear(8, 4)
+
+
+# What is masked.
+
+
+def test_default_masks_layer_weights_and_nothing_else() -> None:
+    model = sparsify(Vision())
+    assert masked_names(model) == {"patch.weight", "head.weight"}
+    skipped = {name: why for name, (_, why) in report(model).skipped.items()}
+    assert set(skipped) == {name for name, _ in Vision().named_parameters()} - masked_names(model)
+    assert "norm" in skipped["norm.weight"] and "norm" in skipped["group_norm.weight"]
+    assert "embedding" in skipped["embed.weight"]
+    assert "bias" in skipped["head.bias"] and "bias" in skipped["patch.bias"]
+    for bare in ("class_token", "positions", "layer_scale", "own"):
+        assert "example_inputs" in skipped[bare]
+
+
+def test_returns_the_same_object_of_the_same_class_and_parameters() -> None:
+    model = Vision()
+    dense = dict(model.named_parameters())
+    values = {name: p.detach().clone() for name, p in dense.items()}
+    assert sparsify(model) is model
+    assert isinstance(model.head, nn.Linear) and isinstance(model.patch, nn.Conv2d)
+    after = dict(model.named_parameters())
+    for name, parameter in dense.items():
+        assert after[name] is parameter
+        assert torch.equal(parameter, values[name])
+
+
+def test_classes_keep_their_names_and_are_shared_by_like_modules() -> None:
+    model = sparsify(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2), nn.Bilinear(2, 2, 2)))
+    assert type(model[0]) is type(model[1]) is not nn.Linear
+    assert (type(model[0]).__name__, type(model[0]).__qualname__) == ("Linear", "Linear")
+    assert type(model[0]).__module__ == nn.Linear.__module__
+    assert repr(model[0]) == repr(nn.Linear(4, 4))
+    assert type(model[0]).__doc__ == nn.Linear.__doc__
+
+
+def test_thresholds_start_as_documented() -> None:
+    model = sparsify(nn.Linear(6, 4), AutoSparse(threshold_init=-3.5))
+    threshold, offset = model.weight_threshold, model.weight_offset
+    assert isinstance(threshold, nn.Parameter) and threshold.requires_grad
+    assert threshold.shape == offset.shape == (1,)
+    assert threshold.dtype == offset.dtype == torch.float32
+    assert threshold.item() == 0 and offset.item() == -3.5
+    assert "weight_offset" in dict(model.named_buffers()) and "weight_offset" in model.state_dict()
+    assert list(thresholds(model)) == ["weight"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "channels"),
+    [
+        (nn.Linear(6, 4), 4),
+        (nn.Conv2d(3, 5, 3), 5),
+        (nn.ConvTranspose2d(3, 5, 3), 5),
+        (nn.Bilinear(2, 3, 7), 7),
+    ],
+)
+def test_channel_thresholds_have_one_value_per_output_channel(layer: nn.Module, channels: int) -> None:
+    sparsify(layer, AutoSparse(granularity="channel", threshold_init=-3.0))
+    assert layer.weight_threshold.shape == layer.weight_offset.shape == (channels,)
+    assert thresholds(layer)["weight"].shape == (channels,)
+    with torch.no_grad():
+        layer.weight_offset[1] = 30.0  # cuts all of channel 1
+    axis = reference.channel_axis(layer)
+    zero = (layer.weight == 0).transpose(0, axis).flatten(1).all(dim=1)
+    assert zero.tolist() == [i == 1 for i in range(channels)]
+
+
+def test_alpha_is_one_float32_tensor_of_the_device_and_not_in_the_state_dict() -> None:
+    model = sparsify(reference.ConvNet(), AutoSparse(alpha=0.4))
+    alphas = {id(b): b for name, b in model.named_buffers(remove_duplicate=False) if b.dim() == 0 and "alpha" in name}
+    assert len(alphas) == 1
+    (alpha,) = alphas.values()
+    assert alpha.dtype == torch.float32 and alpha.item() == pytest.approx(0.4)
+    assert not any("alpha" in key for key in model.state_dict())
+
+
+def test_frozen_weights_are_masked_and_stay_frozen() -> None:
+    model = nn.Linear(6, 4)
+    model.weight.requires_grad_(False)
+    sparsify(model, AutoSparse(threshold_init=-1.0))
+    assert not model._parameters["weight"].requires_grad
+    assert (model.weight == 0).any()
+
+
+def test_every_dtype_of_weight_gets_float32_thresholds() -> None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        model = sparsify(nn.Linear(6, 4, dtype=dtype))
+        assert model.weight.dtype == dtype
+        assert model.weight_threshold.dtype == model.weight_offset.dtype == torch.float32
+
+
+def test_nan_and_infinite_weights_are_passed_on() -> None:
+    model = nn.Linear(4, 2, bias=False)
+    with torch.no_grad():
+        model.weight[0, 0], model.weight[1, 1] = float("nan"), float("inf")
+    sparsify(model, AutoSparse(threshold_init=-1.0))
+    assert model.weight[0, 0].isnan() and model.weight[1, 1].isinf()
+    assert not model.weight[0, 1:].isnan().any()
+
+
+# Rules.
+
+
+def model_with_blocks() -> nn.Module:
+    model = nn.Sequential()
+    model.stem = nn.Conv2d(3, 4, 3)
+    model.block = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)))
+    model.fc = nn.Linear(4, 2)
+    return model
+
+
+EVERYTHING = {"stem.weight", "block.0.weight", "block.1.0.weight", "fc.weight"}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "dense"),
+    [
+        ("fc.weight", {"fc.weight"}),
+        ("block.*", {"block.0.weight", "block.1.0.weight"}),
+        ("block.*.weight", {"block.0.weight", "block.1.0.weight"}),  # a star crosses dots
+        ("*", EVERYTHING - {"stem.weight"}),
+        (r"re:block\.\d\.weight", {"block.0.weight"}),
+        (r"re:.*\.0\.weight", {"block.0.weight", "block.1.0.weight"}),
+    ],
+)
+def test_rule_of_none_leaves_what_it_matches_dense(pattern: str, dense: set[str]) -> None:
+    rules: dict[str, Any] = {"stem.weight": {}} if pattern == "*" else {}
+    model = sparsify(model_with_blocks(), AutoSparse(rules={**rules, pattern: None}))
+    assert masked_names(model) == EVERYTHING - dense
+    skipped = report(model).skipped
+    for name in dense:
+        assert repr(pattern) in skipped[name][1]
+
+
+def test_first_matching_rule_wins() -> None:
+    rules = {"block.0.weight": {"threshold_init": -1.0}, "block.*": None, "*": {"threshold_init": -2.0}}
+    model = sparsify(model_with_blocks(), AutoSparse(rules=rules))
+    found = {name: s.item() for name, s in thresholds(model).items()}
+    assert found == {"stem.weight": -2.0, "block.0.weight": -1.0, "fc.weight": -2.0}
+
+
+def test_rule_sets_init_granularity_and_target() -> None:
+    config = AutoSparse(
+        0.7,
+        threshold_init=-4.0,
+        rules={"fc.*": {"granularity": "channel", "threshold_init": -1.0, "target_sparsity": 0.5}},
+    )
+    model = sparsify(model_with_blocks(), config)
+    assert thresholds(model)["fc.weight"].tolist() == [-1.0, -1.0]
+    assert thresholds(model)["stem.weight"].tolist() == [-4.0]
+    assert {layer.name: layer.target for layer in report(model).layers} == {
+        "stem.weight": 0.7,
+        "block.0.weight": 0.7,
+        "block.1.0.weight": 0.7,
+        "fc.weight": 0.5,
+    }
+
+
+@pytest.mark.parametrize("alias", ["embed.weight", "head.weight", "re:head.*", "emb*"])
+def test_any_alias_of_a_tied_weight_matches(alias: str) -> None:
+    model = sparsify(reference.Tied(), AutoSparse(rules={alias: None}))
+    assert masked_names(model) == {"mid.weight"}
+
+
+@pytest.mark.parametrize("pattern", ["fc.weigth", "block", "re:fc", "re:weight", "Fc.weight", "FC.*"])
+def test_rule_that_matches_nothing_is_refused(pattern: str) -> None:
+    model = model_with_blocks()
+    with unchanged(model), pytest.raises(ValueError, match="matches no parameter") as error:
+        sparsify(model, AutoSparse(rules={pattern: None}))
+    assert repr(pattern) in str(error.value) and "block.1.0.weight" in str(error.value)
+
+
+def test_rule_that_configures_only_dense_parameters_is_refused() -> None:
+    model = Vision()
+    with unchanged(model), pytest.raises(ValueError, match=r"'norm\.weight'.*normalization"):
+        sparsify(model, AutoSparse(rules={"norm.weight": {"threshold_init": -2.0}}))
+
+
+def test_rule_that_never_comes_first_is_refused() -> None:
+    model = model_with_blocks()
+    with unchanged(model), pytest.raises(ValueError, match=r"'fc\.weight'"):
+        sparsify(model, AutoSparse(rules={"f*": None, "fc.weight": {"threshold_init": -2.0}}))
+
+
+# Tied weights.
+
+
+def test_tied_weight_has_one_threshold_and_one_mask() -> None:
+    model = sparsify(reference.Tied(), AutoSparse(threshold_init=-1.0))
+    assert model.embed.weight_threshold is model.head.weight_threshold
+    assert model.embed.weight_offset is model.head.weight_offset
+    assert model.embed._parameters["weight"] is model.head._parameters["weight"]
+    assert torch.equal(model.embed.weight, model.head.weight) and (model.head.weight == 0).any()
+    assert sum("threshold" in name for name, _ in model.named_parameters()) == 2  # mid and the tied one
+
+
+def test_tied_weight_is_one_mask_node_in_the_captured_graph() -> None:
+    from autosparse_fx.passes import dedupe_masks
+
+    model = sparsify(reference.Tied())
+    graphs: list[torch.fx.GraphModule] = []
+
+    def capture(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        graphs.append(gm)
+        return gm.forward
+
+    torch.compile(model, backend=capture, fullgraph=True)(torch.randint(50, (2, 3)))
+    (gm,) = graphs
+    dedupe_masks(gm)
+    masks = gm.graph.find_nodes(op="call_function", target=torch.ops.autosparse.threshold_mask.default)
+    assert len(masks) == 2
+    assert len({node.args[0] for node in masks}) == 2
+
+
+def test_tied_weight_aliases_in_the_state_dict() -> None:
+    state = sparsify(reference.Tied()).state_dict()
+    for name in ("weight", "weight_threshold", "weight_offset"):
+        assert state[f"embed.{name}"].data_ptr() == state[f"head.{name}"].data_ptr()
+
+
+def test_embedding_tied_to_a_head_is_masked_and_the_report_says_so() -> None:
+    found = report(sparsify(reference.Tied()))
+    (layer,) = (layer for layer in found.layers if layer.name == "embed.weight")
+    assert layer.tied == ("head.weight",)
+    assert found.numel == 50 * 32 + 32 * 32  # counted once
+    text = str(found)
+    assert "embed.weight" in text and "head.weight" in text
+    assert "embed.weight" not in found.skipped
+
+
+def test_gradients_of_a_tied_weight_add_up() -> None:
+    model = reference.Tied()
+    dense = copy.deepcopy(model)
+    sparsify(model, AutoSparse(alpha=0.5, threshold_init=-1.0))
+    held = dict(dense.named_parameters())
+    with torch.no_grad():
+        for name, _, w, s in reference.masked_parameters(model):
+            held[name].copy_(reference.masked(w, s, 0.5))
+    ids = torch.randint(50, (4, 6))
+    for m in (model, dense):
+        m(ids).square().sum().backward()
+    incoming = dense.embed.weight.grad
+    assert incoming is not None
+    _, _, w, s = next(reference.masked_parameters(model))
+    _, dw, ds = reference.gradients(w, s, 0.5, incoming)
+    torch.testing.assert_close(w.grad, dw.float())
+    torch.testing.assert_close(model.head.weight_threshold.grad, 0.1 * ds.float())
+
+
+def test_shared_module_is_masked_once() -> None:
+    shared = nn.Linear(4, 4)
+    model = sparsify(nn.Sequential(shared, nn.ReLU(), shared))
+    assert len(report(model).layers) == 1
+    assert sum("threshold" in name for name, _ in model.named_parameters()) == 1
+
+
+def test_weight_tied_between_layers_with_different_channel_axes_reads_the_same_in_both() -> None:
+    """A transposed convolution tied to a convolution (a tied autoencoder) has its channels on the other axis."""
+
+    class Autoencoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encode = nn.Conv2d(3, 5, 3)
+            self.decode = nn.ConvTranspose2d(5, 3, 3)
+            self.decode.weight = self.encode.weight
+
+    model = sparsify(Autoencoder(), AutoSparse(granularity="channel", threshold_init=-2.0))
+    with torch.no_grad():
+        model.encode.weight_offset.uniform_(-4, -1)
+    assert torch.equal(model.encode.weight, model.decode.weight)
+
+
+# Weights that other tools own.
+
+
+def test_parametrized_and_pruned_weights_stay_dense_with_their_reason() -> None:
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5)))
+    parametrizations.weight_norm(model[0])
+    parametrizations.spectral_norm(model[1])
+    prune.l1_unstructured(model[2], "weight", amount=0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the old function is deprecated
+        nn.utils.weight_norm(model[3])
+    x = torch.randn(2, 4)
+    model.eval()
+    expected = [model[i](x) for i in range(4)]
+    sparsify(model, AutoSparse(threshold_init=-1.0))
+    assert masked_names(model) == {"4.weight"}
+    assert all(torch.equal(model[i](x), expected[i]) for i in range(4))
+    skipped = {name: why for name, (_, why) in report(model).skipped.items()}
+    assert "parametrize" in skipped["0.parametrizations.weight.original0"]
+    assert "parametrize" in skipped["1.parametrizations.weight.original"]
+    assert "prune" in skipped["2.weight_orig"]
+    assert "weight_norm" in skipped["3.weight_g"] and "weight_norm" in skipped["3.weight_v"]
+
+
+def test_old_spectral_norm_stays_dense_with_its_own_reason() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nn.utils.spectral_norm(model[0])
+    sparsify(model)
+    assert masked_names(model) == {"1.weight"}
+    assert "spectral_norm" in report(model).skipped["0.weight_orig"][1]
+
+
+class Doubled(nn.Module):
+    def forward(self, w: Tensor) -> Tensor:
+        return 2 * w
+
+
+REPARAMETRIZATIONS: dict[str, Callable[[nn.Module], object]] = {
+    "parametrize": lambda m: parametrize.register_parametrization(m, "weight", Doubled()),
+    "weight_norm": parametrizations.weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "old weight_norm": nn.utils.weight_norm,
+    "old spectral_norm": nn.utils.spectral_norm,
+    "prune": lambda m: prune.l1_unstructured(m, "weight", amount=0.5),
+    "prune custom": lambda m: prune.custom_from_mask(m, "weight", torch.ones(4, 4)),
+}
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*weight_norm.*is deprecated:FutureWarning", "ignore:.*spectral_norm.*:FutureWarning"
+)
+@pytest.mark.parametrize("name", REPARAMETRIZATIONS)
+def test_reparametrizing_a_masked_weight_is_refused_by_name(name: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    sparsify(model, AutoSparse(threshold_init=-2.0))
+    x = torch.randn(2, 4)
+    expected = model(x)
+    with unchanged(model):
+        with pytest.raises(RuntimeError, match=r"weight '0\.weight'.*masked by autosparse_fx"):
+            REPARAMETRIZATIONS[name](model[0])
+        assert not model[0]._forward_pre_hooks
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", ["parametrize", "weight_norm", "spectral_norm", "prune", "old weight_norm"])
+def test_other_parameters_of_a_masked_module_can_be_parametrized(name: str) -> None:
+    """What is not masked is none of our business: the bias of a masked layer."""
+    model = sparsify(nn.Sequential(nn.Linear(4, 4)), AutoSparse(threshold_init=-2.0))
+    expected = model[0].weight.clone()
+    {
+        "parametrize": lambda: parametrize.register_parametrization(model[0], "bias", Doubled()),
+        "weight_norm": lambda: parametrizations.weight_norm(model[0], "bias"),
+        "spectral_norm": lambda: parametrizations.spectral_norm(model[0], "bias"),
+        "prune": lambda: prune.random_unstructured(model[0], "bias", amount=0.5),
+        "old weight_norm": lambda: nn.utils.weight_norm(model[0], "bias"),
+    }[name]()
+    assert torch.equal(model[0].weight, expected)
+    model(torch.randn(2, 4)).sum().backward()
+
+
+# Bad input.
+
+
+def test_sparsify_again_with_the_same_config_does_nothing() -> None:
+    model = sparsify(reference.mlp(), AutoSparse(0.9))
+    with unchanged(model):
+        assert sparsify(model, AutoSparse(0.9)) is model
+
+
+@pytest.mark.parametrize("part", ["model", "parent", "child"])
+def test_sparsify_again_with_another_config_is_refused(part: str) -> None:
+    model = sparsify(reference.mlp(), AutoSparse(0.9))
+    again = {"model": model, "parent": nn.Sequential(model, nn.Linear(4, 4)), "child": model[0]}[part]
+    with unchanged(again), unchanged(model), pytest.raises(ValueError, match=r"sparse already.*finalize"):
+        sparsify(again, AutoSparse(0.8))
+
+
+def test_parts_that_a_second_call_adds_are_not_left_dense_silently() -> None:
+    """The same config on a larger model: either everything is masked then, or the call is refused."""
+    part = sparsify(nn.Linear(4, 4), AutoSparse(0.9))
+    model = nn.Sequential(part, nn.Linear(4, 4))
+    try:
+        sparsify(model, AutoSparse(0.9))
+    except ValueError as error:
+        assert "sparse already" in str(error)
+    else:
+        assert masked_names(model) == {"0.weight", "1.weight"}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.ReLU(),
+        nn.Sequential(nn.LayerNorm(4), nn.Embedding(3, 4)),
+        nn.Sequential(),
+        nn.ParameterList([torch.ones(3, 3)]),
+    ],
+)
+def test_model_with_nothing_to_mask_is_refused(model: nn.Module) -> None:
+    with unchanged(model), pytest.raises(ValueError, match=r"no weights to mask.*example_inputs"):
+        sparsify(model)
+
+
+def test_rules_that_leave_nothing_are_refused() -> None:
+    model = reference.mlp()
+    with unchanged(model), pytest.raises(ValueError, match=r"no weights to mask.*rule"):
+        sparsify(model, AutoSparse(rules={"*": None}))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
+def test_weight_that_is_not_real_floating_point_is_refused_by_name(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = nn.Parameter(torch.ones(4, 4, dtype=dtype), requires_grad=False)
+    with unchanged(model), pytest.raises(TypeError, match=rf"'1\.weight'.*{dtype}.*rules"):
+        sparsify(model)
+    sparsify(model, AutoSparse(rules={"1.weight": None}))  # the cure
+    assert masked_names(model) == {"0.weight"}
+
+
+def test_quantized_tensor_subclass_is_refused_by_name() -> None:
+    class Quantized(Tensor):
+        pass
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = nn.Parameter(torch.ones(4, 4).as_subclass(Quantized))
+    assert type(model[1].weight) is not nn.Parameter
+    with unchanged(model), pytest.raises(TypeError, match=r"'1\.weight'.*Quantized"):
+        sparsify(model)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of torch.ao itself
+def test_dynamically_quantized_model_is_refused() -> None:
+    quantized = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 4)))
+    with pytest.raises((TypeError, ValueError), match=r"no weights to mask|quantiz"):
+        sparsify(quantized)
+
+
+@pytest.mark.parametrize("lazy", [nn.LazyLinear(3), nn.LazyConv2d(3, 3)])
+def test_lazy_module_is_refused_by_name_until_it_has_seen_an_input(lazy: nn.Module) -> None:
+    model = nn.Sequential(lazy)
+    with unchanged(model), pytest.raises(ValueError, match=r"'0\.weight'.*lazy.*forward"):
+        sparsify(model)
+    model(torch.randn(1, 2, 5, 5))
+    sparsify(model)
+    assert masked_names(model) == {"0.weight"}
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: nn.ModuleList([m])], ids=["root", "inside"])
+def test_data_parallel_is_refused(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    model = wrap(nn.DataParallel(reference.mlp()))
+    with unchanged(model), pytest.raises(ValueError, match=r"DataParallel.*DistributedDataParallel"):
+        sparsify(model)
+
+
+def test_replicating_a_sparse_model_for_data_parallel_is_refused() -> None:
+    model = sparsify(reference.mlp())
+    with unchanged(model), pytest.raises(RuntimeError, match=r"DataParallel.*DistributedDataParallel"):
+        model[0]._replicate_for_data_parallel()  # what DataParallel calls on every module
+
+
+@pytest.mark.parametrize("model", [None, torch.ones(3), [nn.Linear(2, 2)], nn.Linear])
+def test_what_is_not_a_module_is_refused(model: Any) -> None:
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
+        sparsify(model)
+
+
+@pytest.mark.parametrize("config", [0.9, {"target_sparsity": 0.9}, AutoSparse])
+def test_what_is_not_a_config_is_refused(config: Any) -> None:
+    model = reference.mlp()
+    with unchanged(model), pytest.raises(TypeError, match="AutoSparse"):
+        sparsify(model, config)
+
+
+@pytest.mark.parametrize("name", ["weight_threshold", "weight_offset"])
+def test_attribute_in_the_way_is_refused_by_name(name: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].register_buffer(name, torch.ones(1))
+    with unchanged(model), pytest.raises(ValueError, match=rf"'1\.weight'.*'{name}'"):
+        sparsify(model)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [finalize, autosparse_fx.param_groups, lambda m: autosparse_fx.GradientAnnealing(m, 10)],
+    ids=["finalize", "param_groups", "GradientAnnealing"],
+)
+def test_what_needs_a_sparse_model_refuses_a_dense_one(function: Callable[[nn.Module], object]) -> None:
+    model = reference.mlp()
+    with unchanged(model), pytest.raises(ValueError, match="is not sparse"):
+        function(model)
+
+
+def test_dense_weights_of_a_dense_model_does_nothing() -> None:
+    model = reference.mlp()
+    with unchanged(model), dense_weights(model) as inside:
+        assert inside is model
+
+
+def test_error_inside_a_read_is_not_answered_with_the_dense_weight() -> None:
+    model = sparsify(nn.Linear(4, 3))
+    del model._buffers["weight_offset"]
+    with pytest.raises((RuntimeError, KeyError), match="weight"):
+        _ = model.weight
+    with pytest.raises((RuntimeError, KeyError), match="weight"):
+        model(torch.randn(2, 4))
+
+
+def test_attribute_error_in_a_read_becomes_a_runtime_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``nn.Module.__getattr__`` would answer an AttributeError of a property with the dense parameter."""
+    model = sparsify(nn.Linear(4, 3))
+
+    def broken(*args: object) -> Tensor:
+        raise AttributeError("broken on purpose")
+
+    monkeypatch.setattr("autosparse_fx.masked.threshold_mask", broken)
+    with pytest.raises(RuntimeError, match=r"'weight'.*broken on purpose"):
+        _ = model.weight
+
+
+def test_weight_without_a_threshold_reads_as_the_plain_parameter() -> None:
+    model = sparsify(nn.Linear(4, 3), AutoSparse(threshold_init=-1.0))
+    model._parameters["weight_threshold"] = None
+    assert model.weight is model._parameters["weight"]
