@@ -3,6 +3,7 @@
 import operator
 
 import torch
+from torch.autograd.grad_mode import _enter_inference_mode, _exit_inference_mode
 from torch.fx import GraphModule, Node
 
 MASK = torch.ops.autosparse.threshold_mask.default
@@ -10,6 +11,14 @@ MASK = torch.ops.autosparse.threshold_mask.default
 # What a read of a masked weight puts between the parameters and the mask: s = offset + scale * threshold, viewed.
 _LOGIT_FUNCTIONS = frozenset({operator.mul, operator.add})
 _LOGIT_METHODS = frozenset({"view"})
+# Through these a write reaches the tensor that they were taken of.
+_VIEWS = frozenset(
+    {
+        *("as_strided", "chunk", "detach", "diagonal", "expand", "flatten", "narrow", "permute", "ravel", "reshape"),
+        *("select", "split", "squeeze", "swapaxes", "t", "transpose", "unbind", "unflatten", "unsqueeze", "view"),
+        *("view_as", "getitem", "__getitem__", "numpy_T", "mT", "getattr"),
+    }
+)
 
 
 def dedupe_masks(gm: GraphModule) -> int:
@@ -34,17 +43,23 @@ def dedupe_masks(gm: GraphModule) -> int:
     masks = [n for n in gm.graph.nodes if is_mask(n)]
     related = {n for mask in masks for n in _logit_nodes(mask)} | set(masks)
     sources = {a for n in related for a in n.all_input_nodes if a not in related}
-    if any(_writes(user, n) for n in sources | related for user in n.users):
+    if any(_writes(user, n) for n in _with_views(sources | related) for user in n.users):
         return removed
 
     first: dict[object, Node] = {}
-    with_grad = True
+    with_grad = torch.is_grad_enabled()
+    inference: list[Node] = []
     for node in list(gm.graph.nodes):
-        if node.op == "call_function" and node.target is torch._C._set_grad_enabled:
+        if node.target is torch._C._set_grad_enabled:
             with_grad = bool(node.args[0])
+        elif node.target is _enter_inference_mode:
+            inference.append(node)
+        elif node.target is _exit_inference_mode:
+            inference.remove(node.args[0])  # type: ignore[arg-type]
         if node not in related:
             continue
-        key = (node.op, node.target, node.args, tuple(sorted(node.kwargs.items())), with_grad)
+        mode = (with_grad, *inference)
+        key = (node.op, node.target, node.args, tuple(sorted(node.kwargs.items())), mode)
         kept = first.setdefault(_hashable(key), node)
         if kept is not node:
             node.replace_all_uses_with(kept)
@@ -75,13 +90,29 @@ def _logit_nodes(mask: Node) -> list[Node]:
     return found
 
 
+def _with_views(nodes: set[Node]) -> set[Node]:
+    found = set(nodes)
+    pending = list(nodes)
+    while pending:
+        views = {u for u in pending.pop().users if u not in found and _name(u) in _VIEWS}
+        found |= views
+        pending.extend(views)
+    return found
+
+
+def _name(node: Node) -> str:
+    if isinstance(node.target, str):
+        return node.target if node.op == "call_method" else ""
+    return str(getattr(node.target, "__name__", node.target)).removeprefix("aten.")
+
+
 def _writes(user: Node, node: Node) -> bool:
     """Whether ``user`` is an in-place operation on ``node``."""
     if node in user.kwargs.values() and user.kwargs.get("out") is node:
         return True
     if not user.args or user.args[0] is not node:
         return False
-    name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
+    name = _name(user)
     if user.op == "call_function" and getattr(user.target, "__module__", "") == "_operator":
         return name in ("setitem", "iadd", "isub", "imul", "itruediv", "imatmul", "ipow")
     return name.endswith("_") and not name.endswith("__")

@@ -23,23 +23,35 @@ _MULTIPLICATIONS: dict[Any, dict[int, int]] = {
             torch.mm,
             torch.bmm,
             torch.mv,
+            torch.linalg.matmul,
             torch.tensordot,
-            torch.inner,
             "matmul",
             "mm",
             "bmm",
             "mv",
-            "inner",
             "__matmul__",
         )
     },
+    **{product: {0: -2, 1: -2} for product in (torch.inner, "inner")},
     **{
         product: {1: -2, 2: -1}
         for product in (torch.addmm, torch.baddbmm, torch.addbmm, torch.addmv, "addmm", "baddbmm", "addbmm", "addmv")
     },
 }
 # Through these a weight is still the same weight; the transpositions exchange its last two axes.
-_TRANSPOSITIONS = frozenset({torch.t, torch.transpose, torch.swapaxes, "t", "transpose", "swapaxes"})
+_TRANSPOSITIONS = frozenset(
+    {
+        *(torch.t, torch.transpose, torch.swapaxes, "t", "transpose", "swapaxes"),
+        *(torch.ops.aten.numpy_T, torch.ops.aten.mT),  # what Dynamo makes of w.T and w.mT
+    }
+)
+_CASTS = frozenset({"to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous"})
+# The names that a weight may be passed by, by its position.
+_KEYWORDS = {
+    0: ("input", "self"),
+    1: ("weight", "other", "mat2", "mat1", "batch1", "vec"),
+    2: ("weight", "mat2", "batch2"),
+}
 _VIEWS = frozenset(
     {
         torch.reshape,
@@ -51,8 +63,8 @@ _VIEWS = frozenset(
         torch.split,
         torch.unbind,
         operator.getitem,
-        *("reshape", "view", "permute", "squeeze", "unsqueeze", "flatten", "expand", "contiguous", "chunk", "split"),
-        *("to", "type", "type_as", "float", "double", "half", "bfloat16", "unbind", "__getitem__"),
+        *("reshape", "view", "permute", "squeeze", "unsqueeze", "flatten", "unflatten", "expand", "chunk", "split"),
+        *("narrow", "select", "unbind", "__getitem__"),
     }
 )
 
@@ -89,12 +101,10 @@ def _operands(node: Node) -> list[tuple[Node, int | None]]:
     if node.target is torch.einsum:
         return _einsum_operands(node)
     positions = _MULTIPLICATIONS.get(node.target, {})
-    named = {1: "weight", 2: "weight"} if node.target not in (torch.addmm, torch.baddbmm) else {}
     operands: list[tuple[Node, int | None]] = []
     for position, axis in positions.items():
-        operand = node.args[position] if position < len(node.args) else node.kwargs.get(named.get(position, ""))
-        if isinstance(operand, Node):
-            operands.append((operand, axis))
+        given = node.args[position : position + 1] or [node.kwargs.get(name) for name in _KEYWORDS[position]]
+        operands += [(operand, axis) for operand in given if isinstance(operand, Node)]
     return operands
 
 
@@ -103,8 +113,10 @@ def _einsum_operands(node: Node) -> list[tuple[Node, int | None]]:
     operands = list(rest[0]) if len(rest) == 1 and isinstance(rest[0], (list, tuple)) else rest
     if not isinstance(equation, str):
         return [(operand, None) for operand in operands if isinstance(operand, Node)]
-    inputs, _, output = equation.replace(" ", "").partition("->")
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
     terms = inputs.split(",")
+    if not arrow:  # then the output has the letters that occur once
+        output = "".join(letter for letter in inputs if letter.isalpha() and inputs.count(letter) == 1)
     result: list[tuple[Node, int | None]] = []
     for i, operand in enumerate(operands):
         others = "".join(term for j, term in enumerate(terms) if j != i)
@@ -125,8 +137,8 @@ def _source(node: Node) -> tuple[Node | None, bool, bool]:
         if node.target in _TRANSPOSITIONS or (node.target is getattr and node.args[1] in ("T", "mT")):
             transposed = not transposed
         elif node.target in _VIEWS:
-            viewed = viewed or node.target not in ("to", "type", "float", "double", "half", "bfloat16", "contiguous")
-        else:
+            viewed = True
+        elif node.target not in _CASTS:
             return None, transposed, viewed
         node = node.args[0]
 
