@@ -105,3 +105,33 @@ def compile_with_inductor(
     patches = {**patches, key: JointPasses(patches.get(key, getattr(torch._inductor.config, key)))}
     compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
     return compiled  # type: ignore[no-any-return]
+
+
+def skip_frame(function: Callable[..., Any]) -> None:
+    """Have Dynamo run this function as it is when it meets it on its own; it still inlines it. 2.11-2.15."""
+    from torch._dynamo.eval_frame import skip_code
+
+    skip_code(function.__code__)
+
+
+def without_recompile_limit() -> Any:
+    """Within it Dynamo captures a function however often it was compiled before. 2.11-2.15."""
+    import torch._dynamo
+
+    return torch._dynamo.config.patch(recompile_limit=2**31, accumulated_recompile_limit=2**31)
+
+
+def restore_parameter_taken_by_weight_norm(module: nn.Module, name: str) -> None:
+    """Give back what the old ``torch.nn.utils.weight_norm`` deleted before it was refused. 2.11-2.15.
+
+    It deletes the parameter first and registers its own afterwards. By then only its local variable, the masked weight
+    that it read, leads back to the parameter, through autograd.
+    """
+    frame = sys._getframe(2)
+    while frame is not None and "weight" not in frame.f_locals:
+        frame = frame.f_back  # type: ignore[assignment]
+    read = frame.f_locals["weight"] if frame is not None else None
+    for function, _ in getattr(getattr(read, "grad_fn", None), "next_functions", ()):
+        parameter = getattr(function, "variable", None)
+        if isinstance(parameter, nn.Parameter) and parameter.shape == read.shape:
+            module._parameters = {name: parameter, **module._parameters}

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from autosparse_fx.attach import masked_modules
 from autosparse_fx.decay import annealed_alpha
 from autosparse_fx.masked import ALPHA, alpha_of, mask_state, reset_mask, stored_weight
 from autosparse_fx.plan import Plan
-from autosparse_fx.registry import remember
 from autosparse_fx.steering import SteeredWeight, scheduled_sparsity, steer
 
 __all__ = ["GradientAnnealing", "param_groups"]
@@ -81,10 +81,9 @@ class GradientAnnealing:
             if previous is not None:
                 previous.detach()
             _annealers[plan] = weakref.ref(self)
-        remember(model.parameters())
         if optimizer is not None:
             self._handle = optimizer.register_step_post_hook(self._after_optimizer_step)
-        self._versions = self._weight_versions()
+        self._versions = self._weight_versions() if optimizer is None else None
         self._write_alpha()
 
     @property
@@ -207,10 +206,33 @@ class GradientAnnealing:
                     steered.offsets.append(offset)
         return {key: list(group.values()) for key, group in groups.items()}
 
-    def _weight_versions(self) -> int:
-        return sum(
+    def _weight_versions(self) -> tuple[int, int]:
+        """What changes when a weight is written to; fused optimizers do so without counting it as a write."""
+        writes = sum(
             stored_weight(module, slot)._version for _, module in self._modules for slot in module._autosparse_slots
         )
+        return writes, _optimizer_steps.count
+
+
+class _OptimizerSteps:
+    """Counts the steps of all optimizers of the process, from the first time that it is asked."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._handle: Any = None
+
+    @property
+    def count(self) -> int:
+        if self._handle is None:
+            self._handle = register_optimizer_step_post_hook(self._after_step)
+        return self._count
+
+    @torch.compiler.disable
+    def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        self._count += 1
+
+
+_optimizer_steps = _OptimizerSteps()
 
 
 class _DeferredCheck:

@@ -16,10 +16,10 @@ import autosparse_fx.ops  # noqa: F401  (the operators must exist before a graph
 from autosparse_fx import _compat
 from autosparse_fx.capture import placeholder_parameter
 from autosparse_fx.config import AutoSparse
+from autosparse_fx.ownership import is_prepared
 from autosparse_fx.passes import DYNAMO_PASSES
 from autosparse_fx.passes.dedupe_masks import is_mask
 from autosparse_fx.passes.find_weights import find_weights
-from autosparse_fx.registry import is_prepared
 
 log = logging.getLogger(__name__)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from autosparse_fx import _compat
 from autosparse_fx.passes.find_weights import find_weights
 
 
@@ -27,9 +28,12 @@ def multiplied_parameters(
 
     args, kwargs = _as_call(example_inputs)
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    compiled = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl is not None}
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
-        with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
+        for module in compiled:  # a model compiled by Module.compile() would hide its code from ours
+            module._compiled_call_impl = None
+        with torch.random.fork_rng(devices=list(devices)), torch.no_grad(), _compat.without_recompile_limit():
             torch.compile(model, backend=backend)(*args, **kwargs)
     except Exception as error:
         raise ValueError(
@@ -37,6 +41,8 @@ def multiplied_parameters(
             "must be the arguments of one call of the model: a tensor, a tuple, or a dict of keyword arguments"
         ) from error
     finally:
+        for module, implementation in compiled.items():
+            module._compiled_call_impl = implementation
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)

@@ -117,7 +117,7 @@ class AutoSparse:
                     f"a rule may set {', '.join(RULE_FIELDS)}"
                 )
             inherited = {name: getattr(self, name) for name in RULE_FIELDS}
-            return AutoSparse(**{**common, **inherited, **rule})
+            return _rule_of(pattern, {**common, **inherited, **rule})
         if isinstance(rule, AutoSparse):
             for f in dataclasses.fields(rule):
                 value, default = getattr(rule, f.name), getattr(_DEFAULT, f.name)
@@ -126,7 +126,7 @@ class AutoSparse:
                         f"AutoSparse.rules[{pattern!r}] sets {f.name}={value!r}; "
                         f"a rule may set {', '.join(RULE_FIELDS)}"
                     )
-            return AutoSparse(**common, **{name: getattr(rule, name) for name in RULE_FIELDS})
+            return _rule_of(pattern, {**common, **{name: getattr(rule, name) for name in RULE_FIELDS}})
         raise TypeError(
             f"AutoSparse.rules[{pattern!r}] must be None, a mapping of {', '.join(RULE_FIELDS)}, or an AutoSparse; "
             f"got {rule!r}"
@@ -165,6 +165,13 @@ class AutoSparse:
                 f"AutoSparse has no field {', '.join(map(repr, unknown))}; its fields are {', '.join(known)}"
             )
         return cls(**values)
+
+
+def _rule_of(pattern: str, values: dict[str, Any]) -> AutoSparse:
+    try:
+        return AutoSparse(**values)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"AutoSparse.rules[{pattern!r}]: {error}") from error
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -20,7 +20,7 @@ from autosparse_fx import _compat
 from autosparse_fx.initial import initial_logit
 from autosparse_fx.ops import threshold_mask
 from autosparse_fx.plan import ModuleState, Slot
-from autosparse_fx.reads import masked_once, masking_once
+from autosparse_fx.reads import masked_once, masking_once, masking_once_outside_graphs
 
 ALPHA = "autosparse_alpha"  # the non-persistent buffer, shared by all masked modules of a model on one device
 
@@ -54,6 +54,8 @@ class MaskedModule(nn.Module):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         for slot in self._autosparse_slots:
             if name in (f"{slot.name}_orig", f"{slot.name}_g", f"{slot.name}_v"):
+                if slot.name not in self._parameters:
+                    _compat.restore_parameter_taken_by_weight_norm(self, slot.name)
                 raise RuntimeError(
                     f"{_describe(self, slot.name)} is masked by autosparse_fx and cannot be pruned or normalised by "
                     "torch.nn.utils as well: do that before sparsify, or finalize the model first"
@@ -78,7 +80,24 @@ class MaskedModule(nn.Module):
         for slot in was_meta:
             if not _is_meta(self._parameters[slot.threshold]):
                 reset_mask(self, slot)
+                alpha_of(self).fill_(self._autosparse.plan.config.alpha)
+                weight = self._autosparse.weights[slot.name]
+                weight.provisional = weight.config.threshold_init == "auto"  # nothing is in these weights yet
         return self
+
+    def _leave_meta(self) -> None:
+        """Make real what loading with ``assign=True`` leaves on the meta device: alpha, and after a dense state all."""
+        for slot in self._autosparse_slots:
+            weight, (threshold, offset), alpha = stored_weight(self, slot), mask_state(self, slot), alpha_of(self)
+            if weight.is_meta:
+                continue
+            if threshold.is_meta:
+                self._parameters[slot.threshold] = nn.Parameter(torch.zeros_like(threshold, device=weight.device))
+            if offset.is_meta:
+                self._buffers[slot.offset] = torch.zeros_like(offset, device=weight.device)
+            if alpha.is_meta:
+                value = self._autosparse.plan.config.alpha
+                self._buffers[ALPHA] = _moved(alpha, torch.full_like(alpha, value, device=weight.device))
 
     def _load_from_state_dict(
         self,
@@ -95,6 +114,8 @@ class MaskedModule(nn.Module):
             found = [key for key in (slot.threshold, slot.offset) if prefix + key in state_dict]
             if prefix + slot.name in state_dict and not found:
                 dense.append(slot)
+            elif len(found) == 2:
+                self._autosparse.weights[slot.name].provisional = False  # what is loaded stays
             elif len(found) == 1:
                 (lost,) = {slot.threshold, slot.offset} - set(found)
                 error_msgs.append(
@@ -104,6 +125,7 @@ class MaskedModule(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        self._leave_meta()
         for slot in dense:
             for key in (slot.threshold, slot.offset):
                 if prefix + key in missing_keys:
@@ -161,7 +183,14 @@ def masked_weight(module: MaskedModule, slot: Slot) -> Tensor:
         return weight
     if torch.compiler.is_compiling():
         return threshold_mask(weight, logit(module, slot), alpha_of(module))
-    return masked_once(weight, lambda: threshold_mask(weight, logit(module, slot), alpha_of(module)))
+    return masked_once(weight, lambda: _mask(module, slot, weight))
+
+
+def _mask(module: MaskedModule, slot: Slot, weight: Tensor) -> Tensor:
+    masked = threshold_mask(weight, logit(module, slot), alpha_of(module))
+    if weight.requires_grad and not masked.requires_grad and not _compat.functorch_is_active():
+        masked.requires_grad_()  # as the parameter does without gradients too: torch chooses kernels by it
+    return masked
 
 
 def masked_value(module: MaskedModule, slot: Slot) -> Tensor:
@@ -180,7 +209,6 @@ def reset_mask(module: MaskedModule, slot: Slot) -> None:
         init = weight.config.threshold_init
         logit, weight.provisional = initial_logit(stored_weight(module, slot), init, slot.axis)
         offset.fill_(logit)
-        alpha_of(module).fill_(module._autosparse.plan.config.alpha)
 
 
 def _own_state(module: MaskedModule) -> Iterator[Tensor]:
@@ -232,14 +260,22 @@ def _property(slot: Slot) -> property:
     return property(read, write, doc=f"The masked {slot.name}; the stored one is in parameters().")
 
 
-def _refuse_reset(self: MaskedModule, *args: object, **kwargs: object) -> None:
-    if self._autosparse.plan.scope.depth == 0:
-        raise RuntimeError(
-            f"{type(self).__name__}.reset_parameters() would write to masked copies of its weights: call it inside "
-            "`with autosparse_fx.dense_weights(model):`"
-        )
-    base: Any = self._autosparse_base
-    base.reset_parameters(self, *args, **kwargs)
+def _guarded_reset(method: str) -> Callable[..., None]:
+    def reset(self: MaskedModule, *args: object, **kwargs: object) -> None:
+        if self._autosparse.plan.scope.depth == 0:
+            raise RuntimeError(
+                f"{type(self).__name__}.{method}() would write to masked copies of its weights: call it inside "
+                "`with autosparse_fx.dense_weights(model):`"
+            )
+        # Recurrent layers initialise whatever is in parameters().
+        own = {slot.threshold: self._parameters.pop(slot.threshold) for slot in self._autosparse_slots}
+        try:
+            base: Any = getattr(self._autosparse_base, method)
+            base(self, *args, **kwargs)
+        finally:
+            self._parameters.update(own)
+
+    return reset
 
 
 _classes: dict[tuple[type[nn.Module], tuple[Slot, ...], float], type[MaskedModule]] = {}
@@ -269,10 +305,11 @@ def _make_masked_class(base: type[nn.Module], slots: tuple[Slot, ...], scale: fl
         "_autosparse_base": base,
         "_autosparse_slots": slots,
         "_autosparse_scale": scale,
-        "forward": masking_once(base.forward),
+        "forward": (masking_once_outside_graphs if mixin is _MaskedRNN else masking_once)(base.forward),
     }
-    if slots and hasattr(base, "reset_parameters"):
-        namespace["reset_parameters"] = _refuse_reset
+    for reset in ("reset_parameters", "_reset_parameters"):  # the second is that of nn.MultiheadAttention
+        if slots and hasattr(base, reset):
+            namespace[reset] = _guarded_reset(reset)
     metaclass: Any = type(base)
     return metaclass(base.__name__, (mixin, base), namespace)  # type: ignore[no-any-return]
 
@@ -300,8 +337,10 @@ _new_home = WeakTensorKeyDictionary()
 
 
 def _moved(t: Tensor, out: Tensor) -> Tensor:
-    if out.dtype.itemsize < 4 or (t.dim() == 0 and out.dtype != t.dtype):
+    if t.dim() == 0 and not t.is_meta:  # alpha: not in the state_dict, so to_empty must not lose it
         out = t.to(device=out.device)
+    elif out.dtype.itemsize < 4:
+        out = t.to(device=out.device, dtype=torch.float32)
     if out is t or isinstance(t, nn.Parameter):
         return out
     home = _new_home.get(t)

@@ -47,6 +47,7 @@ def threshold_mask(weight: Tensor, threshold: Tensor, alpha: Tensor) -> Tensor:
         TypeError: if ``weight`` is not real floating-point, or ``threshold`` is neither float32 nor float64.
     """
     if not torch.compiler.is_compiling() and _compat.functorch_is_active():
+        _check(weight, threshold)
         # torch.func and vmap do not run a library op's autograd formula; the same values and gradients, op by op.
         return _threshold_mask_by_autograd(weight, threshold, alpha)
     return torch.ops.autosparse.threshold_mask.default(weight, threshold, alpha)  # type: ignore[no-any-return]

@@ -24,10 +24,26 @@ class Slot(NamedTuple):
 class _DenseScope:
     """How many ``dense_weights`` contexts are open. A copy made inside one leaves it together with its original."""
 
-    depth = 0
+    def __init__(self) -> None:
+        self.depth = 0
+        self._copies: list[_DenseScope] = []
+
+    def enter(self) -> None:
+        self.depth += 1
+
+    def leave(self) -> None:
+        self.depth -= 1
+        if self.depth == 0:
+            for scope in self._copies:
+                scope.depth = 0
+            self._copies.clear()
 
     def __deepcopy__(self, memo: dict[int, object]) -> "_DenseScope":
-        return self if self.depth else _DenseScope()
+        made = _DenseScope()
+        if self.depth:
+            made.depth = self.depth
+            self._copies.append(made)
+        return made
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _DenseScope, ()

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autosparse_fx import _compat
+
 
 class _Reads(threading.local):
     memo: dict[tuple[int, bool], tuple[Tensor, Tensor]] | None = None
@@ -33,6 +35,19 @@ def masking_once(forward: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             _reads.memo = None
 
+    return wrapper
+
+
+def masking_once_outside_graphs(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """As :func:`masking_once`, for layers that Dynamo leaves to eager mode: it must leave all of it, or it compiles the
+    reads of their weights one by one."""
+    eager = torch.compiler.disable(masking_once(forward))
+
+    @functools.wraps(forward)
+    def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return (forward if torch.compiler.is_compiling() else eager)(self, *args, **kwargs)
+
+    _compat.skip_frame(wrapper)
     return wrapper
 
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from autosparse_fx.attach import masked_modules
 from autosparse_fx.masked import MaskedModule, logit, mask_state, masked_value
-from autosparse_fx.plan import Slot
-from autosparse_fx.selection import collect
+from autosparse_fx.plan import Plan, Slot
+from autosparse_fx.selection import Candidate, collect, reason
 
 __all__ = ["LayerReport", "SparsityReport", "report", "sparsity", "thresholds"]
 
@@ -132,10 +132,8 @@ def report(model: nn.Module) -> SparsityReport:
     skipped: dict[str, tuple[int, str]] = {}
     parameters = 0
     prepared = bool(masked_modules(model))
-    reasons: dict[str, str] = {}
+    plans = _plans_of(model)
     embeddings: list[str] = []
-    for _, module in masked_modules(model):
-        reasons |= module._autosparse.plan.skipped
     own = _thresholds_of(model)
     for candidate in collect(model):
         if id(candidate.parameter) in own:
@@ -144,8 +142,7 @@ def report(model: nn.Module) -> SparsityReport:
         masked = _masked_holder(candidate.holders)
         if masked is None and (prepared or candidate.axis is None):
             if prepared:
-                why = next((why for name, why in reasons.items() if candidate.name.endswith(name)), "not masked")
-                skipped[candidate.name] = (candidate.parameter.numel(), why)
+                skipped[candidate.name] = (candidate.parameter.numel(), _reason_for(candidate, plans))
             continue
         weight: Tensor = candidate.parameter
         cut = target = None
@@ -202,6 +199,34 @@ def group_sparsities(model: nn.Module) -> dict[float | None, tuple[float, list[s
         target: (sum(x.zeros for x in layers) / max(1, sum(x.numel for x in layers)), [x.name for x in layers])
         for target, layers in groups.items()
     }
+
+
+def _plans_of(model: nn.Module) -> list[tuple[Plan, str, str]]:
+    """The plans in ``model``, each with how names were prefixed when it was made, and how they are prefixed now.
+
+    They differ where a part of the prepared model is looked at, or a module around it.
+    """
+    found: dict[int, tuple[Plan, str, str]] = {}
+    for prefix, module in masked_modules(model):
+        for slot in module._autosparse_slots:
+            then = module._autosparse.weights[slot.name].name
+            now = f"{prefix}.{slot.name}" if prefix else slot.name
+            while then and now and then.rpartition(".")[2] == now.rpartition(".")[2]:
+                then, now = then.rpartition(".")[0], now.rpartition(".")[0]
+            plan = module._autosparse.plan
+            found.setdefault(id(plan), (plan, then, now))
+    return list(found.values())
+
+
+def _reason_for(candidate: Candidate, plans: list[tuple[Plan, str, str]]) -> str:
+    for plan, then, now in plans:
+        for name in candidate.names:
+            if not now or name.startswith(f"{now}."):
+                inner = name.removeprefix(f"{now}.") if now else name
+                known = plan.skipped.get(f"{then}.{inner}" if then else inner)
+                if known is not None:
+                    return known
+    return reason(candidate)
 
 
 def _masked_holder(holders: list[tuple[nn.Module, str]]) -> tuple[MaskedModule, Slot] | None:

@@ -91,7 +91,7 @@ def select(model: nn.Module, config: AutoSparse, used: dict[int, int] | None = N
         if axis is None and used is not None:
             axis = used.get(id(candidate.parameter))
         if axis is None:
-            selection.skipped[candidate.name] = _reason(candidate)
+            selection.skipped[candidate.name] = reason(candidate)
             continue
         pattern, rule = config.rule_for(candidate.names)
         if rule is None:
@@ -104,7 +104,7 @@ def select(model: nn.Module, config: AutoSparse, used: dict[int, int] | None = N
     for rule_pattern, found in matched.items():
         if config.rules[rule_pattern] is not None and not any(id(c) in chosen for c in found):
             why = [selection.skipped.get(c.name, "another rule came first") for c in found]
-            reasons = ", ".join(f"{c.name} ({reason})" for c, reason in zip(found, why, strict=True))
+            reasons = ", ".join(f"{c.name} ({skip})" for c, skip in zip(found, why, strict=True))
             raise ValueError(
                 f"AutoSparse.rules: {rule_pattern!r} matches only parameters that are not masked: {reasons}"
             )
@@ -140,13 +140,15 @@ def _is_dtensor(p: Tensor) -> bool:
     return torch.distributed.is_available() and type(p).__name__ == "DTensor"
 
 
-def _reason(candidate: Candidate) -> str:
+def reason(candidate: Candidate) -> str:
     """Why a parameter that no known layer multiplies by is left dense."""
     for module, name in candidate.holders:
         kind = type(module).__name__
         if kind == "ParametrizationList":
             return "owned by torch.nn.utils.parametrize"
         for suffix, owner in _OWNED.items():
+            if suffix == "_orig" and f"{name.removesuffix(suffix)}_u" in module._buffers:
+                owner = "torch.nn.utils.spectral_norm"
             if name.endswith(suffix) and name.removesuffix(suffix) in {s.name for s in layer_weights(module)}:
                 return f"owned by {owner}"
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):

@@ -14,9 +14,8 @@ from autosparse_fx.config import AutoSparse
 from autosparse_fx.initial import initial_logit
 from autosparse_fx.masked import ALPHA, MaskedModule, alpha_of, mask_state, masked_class, masked_value, stored_weight
 from autosparse_fx.plan import MaskedWeight, Plan, Slot
-from autosparse_fx.registry import remember
 from autosparse_fx.report import group_sparsities
-from autosparse_fx.selection import collect, select
+from autosparse_fx.selection import Candidate, collect, select
 from autosparse_fx.steering import TOLERANCE
 
 __all__ = ["dense_weights", "finalize", "sparsify"]
@@ -65,6 +64,7 @@ def sparsify(
     if prepared:
         name, first = prepared[0]
         if first._autosparse.plan.config == config:
+            _refuse_unmasked_parts(model, config)
             return model
         raise ValueError(
             f"the model is sparse already ('{name}' was prepared with {first._autosparse.plan.config}): finalize it "
@@ -101,7 +101,6 @@ def sparsify(
     for module in model.modules():
         if isinstance(module, _READS_CHILDREN) and not isinstance(module, MaskedModule):
             remask(module, (), plan)
-    remember(model.parameters())
     log.info("sparsify: %d weights masked, %d left dense", len(selection.chosen), len(selection.skipped))
     return model
 
@@ -164,12 +163,12 @@ def dense_weights(model: ModuleT) -> Iterator[ModuleT]:
         for slot in module._autosparse_slots
     }
     for plan in plans.values():
-        plan.scope.depth += 1
+        plan.scope.enter()
     try:
         yield model
     finally:
         for plan in plans.values():
-            plan.scope.depth -= 1
+            plan.scope.leave()
         if before and not any(plan.scope.depth for plan in plans.values()):
             _reconcile(model, before)
 
@@ -184,6 +183,11 @@ def _reconcile(model: nn.Module, before: dict[str, tuple[Any, Slot]]) -> None:
         if candidate is None or id(candidate) in done or not isinstance(source, MaskedModule):
             continue  # gone, seen already, or finalized inside the context
         done.add(id(candidate))
+        if candidate.axis is None and not _still_multiplied(source, candidate):
+            for module, _ in candidate.holders:
+                if isinstance(module, MaskedModule):
+                    detach(module)
+            continue
         state = source._autosparse
         weight = state.weights[slot.name]
         threshold, offset = mask_state(source, slot)
@@ -196,7 +200,11 @@ def _reconcile(model: nn.Module, before: dict[str, tuple[Any, Slot]]) -> None:
         alpha = alpha_of(source)
         for module, held in candidate.holders:
             attach(module, Slot(held, slot.axis), weight, state.plan, threshold, offset, alpha)
-    remember(model.parameters())
+
+
+def _still_multiplied(source: nn.Module, candidate: Candidate) -> bool:
+    """Whether a weight that no known layer class multiplies by (now) is one that example_inputs had found."""
+    return any(m is source and not isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for m, _ in candidate.holders)
 
 
 def _threshold_shape(parameter: Tensor, axis: int, config: AutoSparse) -> torch.Size:
@@ -228,6 +236,19 @@ def _shared_alpha(alphas: dict[torch.device, Tensor], device: torch.device, valu
     return alphas[device]
 
 
+def _refuse_unmasked_parts(model: nn.Module, config: AutoSparse) -> None:
+    for candidate in collect(model):
+        masked = any(
+            isinstance(m, MaskedModule) and any(slot.name == name for slot in m._autosparse_slots)
+            for m, name in candidate.holders
+        )
+        if candidate.axis is not None and not masked and config.rule_for(candidate.names)[1] is not None:
+            raise ValueError(
+                f"the model is sparse already, but its weight '{candidate.name}' is not masked: finalize it before "
+                "preparing the larger model"
+            )
+
+
 def _refuse_wrappers(model: nn.Module) -> None:
     for name, module in model.named_modules():
         kind = type(module)
@@ -236,6 +257,11 @@ def _refuse_wrappers(model: nn.Module) -> None:
             raise ValueError(
                 f"autosparse_fx does not support {kind.__name__} (module '{name}'): sparsify the plain model, then "
                 f"wrap it with {cure}"
+            )
+        if getattr(module, "_is_fsdp_managed_module", False) and not isinstance(module, MaskedModule):
+            raise ValueError(
+                f"module '{name}' is managed by FSDP2 already, which would not reduce the gradients of new thresholds: "
+                "call sparsify first, and fully_shard after it"
             )
 
 

@@ -176,6 +176,18 @@ def test_weights_above_one_do_not_keep_the_net_from_its_target(granularity: str)
     assert float(cuts.max()) < MAX_CUT + 0.01
 
 
+def test_a_layer_out_of_reach_leaves_the_whole_target_to_the_others() -> None:
+    model = multiply(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), {"0.weight": 0.0})
+    with torch.no_grad():
+        model[0].weight.add_(3.0)
+    autosparse_fx.sparsify(model, AutoSparse(target_sparsity=0.45))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    GradientAnnealing(model, 20, optimizer)
+    for _ in range(20):
+        optimizer.step()
+    assert reference.layer_sparsities(model) == pytest.approx({"0.weight": 0.0, "1.weight": 0.9}, abs=0.2 * POINT)
+
+
 @pytest.mark.parametrize("target", [0.5, 0.9])
 def test_tiny_layers_keep_at_least_one_weight(target: float) -> None:
     model = nn.Sequential(
@@ -502,6 +514,13 @@ def test_zeros_inside_a_layer_count_towards_the_target() -> None:
     autosparse_fx.sparsify(model)
     assert bool(steer(steered(model), 0.7, 0.99, seed=1, final=True))
     assert_target(model, 0.7, 0.1 * POINT)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
+def test_a_weight_without_elements_does_not_disturb_the_others() -> None:
+    model = autosparse_fx.sparsify(nn.Sequential(nn.Linear(64, 64), nn.Linear(0, 3)))
+    assert bool(steer(steered(model), 0.8, 0.99, seed=1, final=True))
+    assert reference.layer_sparsities(nn.Sequential(model[0]))["0.weight"] == pytest.approx(0.8, abs=0.1 * POINT)
 
 
 def test_low_precision_weights_are_steered_within_their_resolution() -> None:
