@@ -76,6 +76,7 @@ class GradientAnnealing:
             for slot in module._autosparse_slots:
                 if module._autosparse.weights[slot.name].provisional:
                     reset_mask(module, slot)
+                    module._autosparse.weights[slot.name].provisional = False  # from here on they are trained
         for plan in self._plans:
             previous = _annealers[plan]() if plan in _annealers else None
             if previous is not None:
@@ -183,7 +184,14 @@ class GradientAnnealing:
         final = self._count == self.total_steps
         for (target, _), weights in self._groups().items():
             sparsity = scheduled_sparsity(target, self._config.ramp_end, self._count / self.total_steps)
-            finite = steer(weights, sparsity, self._config.max_layer_sparsity, seed=self._count, final=final)
+            finite = steer(
+                weights,
+                sparsity,
+                self._config.max_layer_sparsity,
+                ramping=sparsity < target,
+                seed=self._count,
+                final=final,
+            )
             self._checks.append(_DeferredCheck(finite, weights, target))
         for check in self._checks:
             if final or not check.on_device:

@@ -1,16 +1,26 @@
 """Whether a parameter that a graph trains belongs to a model that was prepared, the original or a copy of it."""
 
 import gc
+from collections.abc import Iterable
 
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+_finalized = WeakIdKeyDictionary()
+
+
+def remember_finalized(parameters: Iterable[Tensor]) -> None:
+    """Note that these parameters are of a model that was sparse: to tune it further is no mistake."""
+    for parameter in parameters:
+        _finalized[parameter] = True
 
 
 def is_prepared(parameter: Tensor) -> bool:
-    """Whether a module that holds the parameter, or any module around it, holds a masked weight.
+    """Whether a module that holds the parameter, or any module around it, holds a masked weight, or did.
 
     Slow, because it asks the garbage collector for the holders: for graphs that train weights and mask none of them.
     """
-    return any(_prepared_beside(module) for module in _holders(parameter))
+    return parameter in _finalized or any(_prepared_beside(module) for module in _holders(parameter))
 
 
 def _prepared_beside(module: nn.Module) -> bool:

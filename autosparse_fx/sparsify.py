@@ -13,6 +13,7 @@ from autosparse_fx.attach import attach, detach, masked_modules, remask
 from autosparse_fx.config import AutoSparse
 from autosparse_fx.initial import initial_logit
 from autosparse_fx.masked import ALPHA, MaskedModule, alpha_of, mask_state, masked_class, masked_value, stored_weight
+from autosparse_fx.ownership import remember_finalized
 from autosparse_fx.plan import MaskedWeight, Plan, Slot
 from autosparse_fx.report import group_sparsities
 from autosparse_fx.selection import Candidate, collect, select
@@ -141,6 +142,7 @@ def finalize(model: ModuleT) -> ModuleT:
                     parameter.copy_(masked_value(module, slot))
     for _, module in modules:
         detach(module)
+    remember_finalized(model.parameters())
     return model
 
 

@@ -6,10 +6,10 @@ fraction S of them zero. The controller computes that quantile from the weights 
 remembers nothing: no gain to tune, no integral to wind up, and an error made once is gone at the next shift. What the
 gradients do in between moves thresholds against each other (that is how the sparsity is spread over the layers) but
 not their common level. Three bounds keep a single layer from running away: no layer is shifted beyond
-``max_layer_sparsity``, no cut beyond ``MAX_CUT`` (on the flat end of the sigmoid a threshold gets no gradient and never
-returns; weights that batch norm lets grow without limit would take it there), and a layer that is zero by itself
-(zero-initialised, say) is never shifted upwards. Log space, because the cut is a scale, and because a weight above 1
-has no logit.
+``max_layer_sparsity`` (nor, while the sparsity rises, far ahead of the others), no cut beyond ``MAX_CUT`` (on the flat
+end of the sigmoid a threshold gets no gradient and never returns; weights that batch norm lets grow without limit would
+take it there), and a layer that is zero by itself (zero-initialised, say) is never shifted upwards. Log space, because
+the cut is a scale, and because a weight above 1 has no logit.
 
 Everything is done with tensors on the model's device and without waiting for it; the histogram is taken over a sample
 of each layer, so the cost does not grow with the model.
@@ -52,7 +52,13 @@ def scheduled_sparsity(target: float, ramp_end: float, progress: float) -> float
 
 @torch.no_grad()
 def steer(
-    weights: list[SteeredWeight], sparsity: float, max_layer_sparsity: float, *, seed: int, final: bool
+    weights: list[SteeredWeight],
+    sparsity: float,
+    max_layer_sparsity: float,
+    *,
+    ramping: bool = False,
+    seed: int,
+    final: bool,
 ) -> Tensor:
     """Shift the offsets of ``weights`` so that the fraction ``sparsity`` of all their elements is masked.
 
@@ -60,6 +66,9 @@ def steer(
         weights: all on one device.
         sparsity: in [0, 1].
         max_layer_sparsity: no layer is shifted beyond it.
+        ramping: whether the sparsity still rises. Then no layer runs ahead of the others, more than halfway from
+            ``sparsity`` to 1, unless it has to: nearly emptied while its weights still look as they were initialised,
+            it would keep almost nothing of its scale, and behind a batch norm its gradients explode.
         seed: varies which elements are sampled.
         final: take a far larger sample.
 
@@ -88,9 +97,15 @@ def steer(
 
     magnitude = torch.cat(samples).abs()
     layer = torch.repeat_interleave(torch.arange(len(sizes), device=device), size.long(), output_size=sum(sizes))
+    size = size.clamp(min=1)  # a weight without elements has no fractions
     margin = magnitude.log() - torch.cat(cuts)
     margin = torch.where(magnitude > MAX_CUT, math.inf, margin)
     zeros = torch.zeros_like(size).index_add_(0, layer, (magnitude == 0).float()) / size
+    if ramping:
+        within_reach = torch.zeros_like(size).index_add_(0, layer, (margin < math.inf).float()) / size
+        ahead = torch.minimum(cap, torch.full_like(cap, (1 + sparsity) / 2))
+        enough = (torch.minimum(within_reach, ahead) * numel).sum() >= sparsity * numel.sum()
+        cap = torch.where(enough, ahead, cap)
 
     d, layer_d = _common_shift(margin, layer, size, numel, cap, zeros, sparsity)
     finite = finite & torch.isfinite(d)

@@ -56,9 +56,7 @@ def main() -> None:
     parser.add_argument("--arch", default="resnet18", help="a torchvision classifier (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="(default: %(default)s)")
     parser.add_argument("--image-size", type=int, default=224, help="(default: %(default)s)")
-    parser.add_argument(
-        "--rounds", type=int, default=15, help="of a dense and a sparse step (default: %(default)s)"
-    )
+    parser.add_argument("--rounds", type=int, default=15, help="of a dense and a sparse step (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the results here")
     args = parser.parse_args()

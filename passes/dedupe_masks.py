@@ -55,7 +55,7 @@ def dedupe_masks(gm: GraphModule) -> int:
         elif node.target is _enter_inference_mode:
             inference.append(node)
         elif node.target is _exit_inference_mode:
-            inference.remove(node.args[0])  # type: ignore[arg-type]
+            inference.remove(node.args[0])
         if node not in related:
             continue
         mode = (with_grad, *inference)
