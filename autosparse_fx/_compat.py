@@ -9,7 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _enter_inference_mode, _exit_inference_mode
 from torch.fx import GraphModule
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+# The base classes of all convolutions, transposed ones included, and of the transposed ones. 2.11-2.15.
+ConvNd, ConvTransposeNd = _ConvNd, _ConvTransposeNd
+# What Dynamo puts into a graph where the grad mode or the inference mode changes. 2.11-2.15.
+set_grad_enabled = torch._C._set_grad_enabled
+enter_inference_mode, exit_inference_mode = _enter_inference_mode, _exit_inference_mode
 
 
 def functorch_is_active() -> bool:

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from autosparse_fx._compat import ConvNd, ConvTransposeNd
 from autosparse_fx.config import AutoSparse, matches
 from autosparse_fx.plan import Slot
 
@@ -38,8 +38,8 @@ class Selection:
 
 def layer_weights(module: nn.Module) -> list[Slot]:
     """The parameters that a module of a known class multiplies by, with the axis of their output channels."""
-    if isinstance(module, _ConvNd):
-        return [Slot("weight", 1 if isinstance(module, _ConvTransposeNd) else 0)]
+    if isinstance(module, ConvNd):
+        return [Slot("weight", 1 if isinstance(module, ConvTransposeNd) else 0)]
     if isinstance(module, (nn.Linear, nn.Bilinear)):
         return [Slot("weight", 0)]
     if isinstance(module, nn.MultiheadAttention):

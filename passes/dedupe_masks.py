@@ -3,8 +3,9 @@
 import operator
 
 import torch
-from torch.autograd.grad_mode import _enter_inference_mode, _exit_inference_mode
 from torch.fx import GraphModule, Node
+
+from autosparse_fx._compat import enter_inference_mode, exit_inference_mode, set_grad_enabled
 
 MASK = torch.ops.autosparse.threshold_mask.default
 
@@ -50,11 +51,11 @@ def dedupe_masks(gm: GraphModule) -> int:
     with_grad = torch.is_grad_enabled()
     inference: list[Node] = []
     for node in list(gm.graph.nodes):
-        if node.target is torch._C._set_grad_enabled:
+        if node.target is set_grad_enabled:
             with_grad = bool(node.args[0])
-        elif node.target is _enter_inference_mode:
+        elif node.target is enter_inference_mode:
             inference.append(node)
-        elif node.target is _exit_inference_mode:
+        elif node.target is exit_inference_mode:
             inference.remove(node.args[0])
         if node not in related:
             continue
