@@ -15,6 +15,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 # The base classes of all convolutions, transposed ones included, and of the transposed ones. 2.11-2.15.
 ConvNd, ConvTransposeNd = _ConvNd, _ConvTransposeNd
+# What checkpointed blocks and control flow are called by in a graph. 2.11-2.15.
+HigherOrderOperator = torch._ops.HigherOrderOperator
 # What Dynamo puts into a graph where the grad mode or the inference mode changes. 2.11-2.15.
 set_grad_enabled = torch._C._set_grad_enabled
 enter_inference_mode, exit_inference_mode = _enter_inference_mode, _exit_inference_mode

@@ -43,7 +43,6 @@ def detach(module: nn.Module) -> None:
     for slot in module._autosparse_slots:
         module._parameters.pop(slot.threshold, None)
         module._buffers.pop(slot.offset, None)
-        module._non_persistent_buffers_set.discard(slot.offset)
     module._buffers.pop(ALPHA, None)
     module._non_persistent_buffers_set.discard(ALPHA)
     del module.__dict__["_autosparse"]

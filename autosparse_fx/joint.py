@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+# Here and not in _compat.py, which is imported with the package: this loads Inductor. 2.11-2.15.
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
+from autosparse_fx._compat import HigherOrderOperator
+
 # op -> for each position that holds a weight, the axis of its output channels (negative: counted from the end).
 _MULTIPLICATIONS: dict[Any, dict[int, int]] = {
     F.linear: {1: 0},
@@ -156,7 +158,7 @@ def _channel_axis(source: Node, axis: int | None, transposed: bool, viewed: bool
 
 def _subgraph_operands(gm: GraphModule, node: Node) -> list[tuple[Node, tuple[GraphModule, Node]]]:
     """The operands of a higher-order op, each with the placeholder of the subgraph that receives it."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.HigherOrderOperator):
+    if node.op != "call_function" or not isinstance(node.target, HigherOrderOperator):
         return []
     subgraphs = [
         (i, getattr(gm, str(arg.target)))
