@@ -84,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--workers", type=int, default=4, help="imagefolder: reader processes (default: 4)")
     group.add_argument(
         "--arch", default="convnet",
-        help="convnet, resnet20, mobilenet_v1 or the name of a torchvision classifier (default: %(default)s)",
+        help="convnet, convnet_wide, resnet20, mobilenet_v1 or a torchvision classifier (default: %(default)s)",
     )  # fmt: skip
 
     group = parser.add_argument_group("recipe")

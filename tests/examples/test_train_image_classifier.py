@@ -87,6 +87,7 @@ def test_results_name_no_path(tmp_path):
         ("--param-groups", "--threshold-lr", "0.01", "--amp", "bf16", "--channels-last"),
         ("--arch", "resnet20", "--label-smoothing", "0.1", "--warmup-epochs", "0.1"),
         ("--arch", "mobilenet_v1"),
+        ("--arch", "convnet_wide"),
         ("--arch", "squeezenet1_1", "--data", "imagefolder"),
     ],
     ids=lambda options: options[1].strip("-") if len(options) > 1 else "dense",
