@@ -2,6 +2,7 @@
 
 from autosparse_fx.annealing import GradientAnnealing, param_groups
 from autosparse_fx.config import AutoSparse
+from autosparse_fx.hidden.state import load_state_dict, state_dict
 from autosparse_fx.report import SparsityReport, report, sparsity, thresholds
 from autosparse_fx.sparsify import dense_weights, finalize, sparsify
 
@@ -11,10 +12,12 @@ __all__ = [
     "SparsityReport",
     "dense_weights",
     "finalize",
+    "load_state_dict",
     "param_groups",
     "report",
     "sparsify",
     "sparsity",
+    "state_dict",
     "thresholds",
 ]
 __version__ = "0.1.0"

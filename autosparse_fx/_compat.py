@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _enter_inference_mode, _exit_inference_mode
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 # The base classes of all convolutions, transposed ones included, and of the transposed ones. 2.11-2.15.
@@ -103,8 +103,40 @@ def inductor_option_names() -> set[str]:
     return set(torch._inductor.list_options())
 
 
+def copy_dynamo_graph(gm: GraphModule) -> GraphModule:
+    """A copy of Dynamo's graph that may get more placeholders: Dynamo reads its own again afterwards. 2.11-2.15."""
+    graph = Graph()
+    nodes: dict[Node, Node] = {}
+    output = graph.output(graph.graph_copy(gm.graph, nodes))
+    output.meta = dict(gm.graph.output_node().meta)
+    for node, copy in nodes.items():
+        if hasattr(node, "_dynamo_source"):
+            copy._dynamo_source = node._dynamo_source
+    made = GraphModule(gm, graph)
+    made.meta = dict(gm.meta)
+    if hasattr(gm, "_param_name_to_source"):
+        made._param_name_to_source = gm._param_name_to_source
+    return made
+
+
+def current_compile_id() -> str:
+    """Dynamo's name for the compilation that is under way, such as "0/0". 2.11-2.15."""
+    return str(torch._guards.CompileContext.current_compile_id() or "")
+
+
+def trace_graph(name: str, gm: GraphModule) -> None:
+    """Add a readable graph to PyTorch's structured trace (TORCH_TRACE), where tlparse finds it. 2.11-2.15."""
+    from torch._logging import trace_structured
+
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": "string"},
+        payload_fn=lambda: gm.print_readable(print_output=False),
+    )
+
+
 def compile_with_inductor(
-    gm: GraphModule, example_inputs: Sequence[Any], patches: dict[str, Any]
+    gm: GraphModule, example_inputs: Sequence[Any], patches: dict[str, Any], *, recompute_masks: bool = True
 ) -> Callable[..., Any]:
     """Hand a Dynamo graph to Inductor, with our joint passes after the user's own. 2.11-2.15."""
     from torch._inductor.compile_fx import compile_fx
@@ -112,7 +144,8 @@ def compile_with_inductor(
     from autosparse_fx.joint import JointPasses
 
     key = "joint_custom_post_pass"
-    patches = {**patches, key: JointPasses(patches.get(key, getattr(torch._inductor.config, key)))}
+    user_pass = patches.get(key, getattr(torch._inductor.config, key))
+    patches = {**patches, key: JointPasses(user_pass, recompute_masks=recompute_masks)}
     compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
     return compiled  # type: ignore[no-any-return]
 

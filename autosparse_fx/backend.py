@@ -4,8 +4,6 @@ Found through the entry point group ``torch_dynamo_backends``, so that ``torch.c
 works without importing the package.
 """
 
-import dataclasses
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,13 +13,15 @@ from torch.fx import GraphModule
 import autosparse_fx.ops  # noqa: F401  (the operators must exist before a graph that holds them is loaded)
 from autosparse_fx import _compat
 from autosparse_fx.capture import placeholder_parameter
-from autosparse_fx.config import AutoSparse
+from autosparse_fx.hidden.graph import MaskedCall, mark_weights
+from autosparse_fx.hidden.masks import Request, hidden_mask
+from autosparse_fx.hidden.training import hook_optimizers
+from autosparse_fx.options import ONE_LINE_OPTIONS, parse_options
 from autosparse_fx.ownership import is_prepared
 from autosparse_fx.passes import DYNAMO_PASSES
 from autosparse_fx.passes.dedupe_masks import is_mask
 from autosparse_fx.passes.find_weights import find_weights
-
-log = logging.getLogger(__name__)
+from autosparse_fx.pipeline import run_passes
 
 
 def autosparse(
@@ -32,57 +32,56 @@ def autosparse(
     options: Mapping[str, Any] | None = None,
     **_: Any,
 ) -> Callable[..., Any]:
-    """Compile one Dynamo graph of a model that ``sparsify`` prepared.
+    """Compile one Dynamo graph, with its weights masked.
+
+    A model that ``sparsify`` prepared brings its masks with it. One that was not is masked here if ``options`` ask for
+    it, and only then.
 
     Args:
         gm, example_inputs: what Dynamo hands to every backend.
         mode: a mode of Inductor, ``"reduce-overhead"`` and so on.
-        options: options of Inductor, and ``"mode"`` (``torch.compile`` takes only one of its two arguments).
+        options: ``"total_steps"`` (the optimizer steps of the whole training) and the fields of
+            :class:`~autosparse_fx.AutoSparse`, to make a model sparse that was never prepared; ``"recompute_masks"``
+            (default True: masked weights are computed again in the backward pass instead of being kept for it);
+            options of Inductor; and ``"mode"`` (``torch.compile`` takes only one of its two arguments).
 
     Raises:
-        ValueError: naming an option that neither this backend nor Inductor knows.
-        RuntimeError: if the graph trains weights of a model that was never prepared.
+        TypeError, ValueError: naming an option that is unknown, out of range, or missing; a rule that matches no
+            parameter; options for a model that was prepared.
+        RuntimeError: if the graph trains weights that nothing makes sparse.
     """
-    patches = _config_patches(mode, dict(options or {}))
-    _refuse_unprepared_training(gm)
-    for graph_pass in DYNAMO_PASSES:
-        changes = graph_pass(gm)
-        log.debug("%s: %d changes", graph_pass.__name__, changes)
-    return _compat.compile_with_inductor(gm, example_inputs, patches)
+    parsed = parse_options(mode, options)
+    _refuse_unprepared_training(gm, parsed.request)
+    graph = _compat.copy_dynamo_graph(gm)
+    mark_weights(graph, parsed.request)
+    run_passes(graph, DYNAMO_PASSES, "dynamo")
+    call = MaskedCall(graph, parsed.request)
+    if parsed.request is not None:
+        hook_optimizers()
+    inputs = [*example_inputs, *call.example_state(example_inputs)]
+    compiled = _compat.compile_with_inductor(graph, inputs, parsed.inductor, recompute_masks=parsed.recompute_masks)
+    return call.bind(compiled)
 
 
-def _config_patches(mode: str | None, options: dict[str, Any]) -> dict[str, Any]:
-    mode = options.pop("mode", mode)
-    patches = _compat.inductor_mode_options(mode) if mode and mode != "default" else {}
-    known = _compat.inductor_option_names()
-    ours = {f.name for f in dataclasses.fields(AutoSparse)} | {"total_steps"}
-    for name, value in options.items():
-        key = name.replace("-", "_")
-        if key in ours:
+def _refuse_unprepared_training(gm: GraphModule, request: Request | None) -> None:
+    if any(is_mask(n) for n in _all_nodes(gm)):
+        if request is not None:
             raise ValueError(
-                f"the option {name!r} asks for a model that was never prepared to be made sparse, which this version "
-                "cannot do: prepare it with autosparse_fx.sparsify(model, AutoSparse(...)) and compile it without "
-                "that option"
+                "the model was prepared with sparsify, which fixed what becomes sparse and how: compile it without "
+                f"the options {', '.join(ONE_LINE_OPTIONS)}"
             )
-        if key not in known:
-            raise ValueError(
-                f"backend 'autosparse' has no option {name!r}: it takes 'mode' and the options of Inductor, as listed "
-                "by torch._inductor.list_options()"
-            )
-        patches[key] = value
-    return patches
-
-
-def _refuse_unprepared_training(gm: GraphModule) -> None:
-    if not torch.is_grad_enabled() or any(is_mask(n) for n in _all_nodes(gm)):
+        return
+    if request is not None or not torch.is_grad_enabled():
         return
     for node in find_weights(gm, lambda n: placeholder_parameter(n) is not None):
         parameter = placeholder_parameter(node)
-        if parameter is not None and parameter.requires_grad and not is_prepared(parameter):
+        assert parameter is not None
+        if parameter.requires_grad and hidden_mask(parameter) is None and not is_prepared(parameter):
             raise RuntimeError(
                 f"backend 'autosparse' was asked to train a model that is not sparse (weight '{node.name}' "
-                f"{list(parameter.shape)}): call model = autosparse_fx.sparsify(model) before making the optimizer, or "
-                "use backend='inductor' to train it dense"
+                f"{list(parameter.shape)}): call model = autosparse_fx.sparsify(model) before making the optimizer, "
+                "compile with options={'target_sparsity': 0.9, 'total_steps': ...}, or use backend='inductor' to train "
+                "it dense"
             )
 
 

@@ -2,7 +2,11 @@
 
 import math
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from autosparse_fx.config import AutoSparse
+from autosparse_fx.plan import MaskedWeight
 
 # "auto" starts at a cut of AUTO_CUT * std * fan_in ** AUTO_SPREAD: 0.5 to 2.5 % of the standard deviation of the
 # layer's own weights, so that the mask exists from the first step on and takes nothing that matters (about 1 % of
@@ -31,3 +35,16 @@ def initial_logit(weight: Tensor, threshold_init: float | str, axis: int) -> tup
     cut = AUTO_CUT * std * fan_in**AUTO_SPREAD
     cut = min(max(cut, _CUT_BOUNDS[0]), _CUT_BOUNDS[1])
     return math.log(cut / (1 - cut)), provisional
+
+
+def threshold_shape(parameter: Tensor, axis: int, config: AutoSparse) -> torch.Size:
+    """``[1]``, or ``[C]`` for a threshold per output channel."""
+    return torch.Size([parameter.shape[axis] if config.granularity == "channel" else 1])
+
+
+def new_mask(parameter: Tensor, axis: int, weight: MaskedWeight) -> tuple[nn.Parameter, Tensor]:
+    """Return a threshold (zeros) and an offset (the initial logit) for ``parameter``, both float32."""
+    logit, weight.provisional = initial_logit(parameter, weight.config.threshold_init, axis)
+    shape = threshold_shape(parameter, axis, weight.config)
+    offset = torch.full(shape, logit, dtype=torch.float32, device=parameter.device)
+    return nn.Parameter(torch.zeros_like(offset)), offset

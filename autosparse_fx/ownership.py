@@ -1,12 +1,25 @@
-"""Whether a parameter that a graph trains belongs to a model that was prepared, the original or a copy of it."""
+"""Which modules hold a parameter: asked of the garbage collector, because a graph knows tensors and not their owners.
+
+Slow (a walk over all live objects), and used once per compiled graph at most.
+"""
 
 import gc
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 _finalized = WeakIdKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter was found."""
+
+    names: tuple[str, ...]  # relative to ``root``, and to modules inside that were compiled by themselves
+    root: nn.Module  # the outermost module that holds it
+    scope: nn.Module  # what was given to torch.compile: a part of ``root``, or all of it
 
 
 def remember_finalized(parameters: Iterable[Tensor]) -> None:
@@ -15,31 +28,83 @@ def remember_finalized(parameters: Iterable[Tensor]) -> None:
         _finalized[parameter] = True
 
 
+def is_finalized(parameter: Tensor) -> bool:
+    """Whether the parameter is of a model that was finalized."""
+    return parameter in _finalized
+
+
 def is_prepared(parameter: Tensor) -> bool:
-    """Whether a module that holds the parameter, or any module around it, holds a masked weight, or did.
-
-    Slow, because it asks the garbage collector for the holders: for graphs that train weights and mask none of them.
-    """
-    return parameter in _finalized or any(_prepared_beside(module) for module in _holders(parameter))
-
-
-def _prepared_beside(module: nn.Module) -> bool:
-    """Whether ``module``, or any module around it, holds a masked one: so do copies that ``sparsify`` never saw."""
-    pending, seen = [module], set()
-    while pending:
-        module = pending.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        if any("_autosparse" in vars(m) for m in module.modules()):
-            return True
-        pending.extend(_holders(module))
-    return False
+    """Whether the parameter belongs to a model that was prepared, the original or a copy of it: whether a module that
+    holds it, or any module around it, holds a masked weight, or did."""
+    if parameter in _finalized:
+        return True
+    ancestors = _Ancestry([parameter]).ancestors
+    return any("_autosparse" in vars(m) for ancestor in ancestors for m in ancestor.modules())
 
 
-def _holders(value: object) -> list[nn.Module]:
-    """The modules that hold a parameter or a module."""
-    tables = [d for d in gc.get_referrers(value) if isinstance(d, dict)]
-    owners = [o for table in tables for o in gc.get_referrers(table)]
-    owners += [o for d in owners if isinstance(d, dict) for o in gc.get_referrers(d)]
-    return [o for o in owners if isinstance(o, nn.Module)]
+def places(parameters: Sequence[Tensor]) -> dict[int, Place]:
+    """Return, by id, where each parameter is held, and every other parameter of the same models; those that no module
+    holds are missing."""
+    ancestry = _Ancestry(parameters)
+    names: dict[int, list[str]] = {}
+    roots: dict[int, nn.Module] = {}
+    scopes: dict[int, nn.Module] = {}
+    compiled = ancestry.compiled()
+    for root in ancestry.outermost():
+        for base in (root, *(m for m in root.modules() if any(m is c for c in compiled))):
+            for name, parameter in base.named_parameters(remove_duplicate=False):
+                names.setdefault(id(parameter), []).append(name.replace("_orig_mod.", ""))
+                roots.setdefault(id(parameter), root)
+                if base is not root or any(base is c for c in compiled):
+                    scopes.setdefault(id(parameter), base)
+    return {
+        key: Place(tuple(dict.fromkeys(found)), roots[key], scopes.get(key, roots[key])) for key, found in names.items()
+    }
+
+
+class _Ancestry:
+    """The live modules that hold some parameters, and all modules around those."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        wanted = {id(p) for p in parameters}
+        # By type and not by isinstance, which would wake lazily loaded proxies.
+        modules = [o for o in gc.get_objects() if issubclass(type(o), nn.Module) and "_modules" in vars(o)]
+        self._parents: dict[int, list[nn.Module]] = {}
+        pending: list[nn.Module] = []
+        for module in modules:
+            if any(id(p) in wanted for p in module._parameters.values()):
+                pending.append(module)
+            for child in module._modules.values():
+                self._parents.setdefault(id(child), []).append(module)
+        found: dict[int, nn.Module] = {}
+        while pending:
+            module = pending.pop()
+            if id(module) not in found:
+                found[id(module)] = module
+                pending.extend(self._parents.get(id(module), ()))
+        self.ancestors = list(found.values())
+
+    def outermost(self) -> list[nn.Module]:
+        """The modules that no other module holds, without the wrappers of torch.compile and data parallelism."""
+        found = []
+        for module in self.ancestors:
+            if not self._parents.get(id(module)):
+                while (inner := _wrapped(module)) is not None:
+                    module = inner
+                found.append(module)
+        return found
+
+    def compiled(self) -> list[nn.Module]:
+        """The modules that were given to torch.compile, or compiled in place."""
+        return [
+            module
+            for module in self.ancestors
+            if module._compiled_call_impl is not None
+            or any("_orig_mod" in parent._modules for parent in self._parents.get(id(module), ()))
+        ]
+
+
+def _wrapped(module: nn.Module) -> nn.Module | None:
+    if "_orig_mod" in module._modules:
+        return module._modules["_orig_mod"]
+    return module.module if isinstance(module, nn.parallel.DistributedDataParallel) else None

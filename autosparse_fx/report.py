@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from autosparse_fx.attach import masked_modules
-from autosparse_fx.masked import MaskedModule, logit, mask_state, masked_value
+from autosparse_fx.hidden.masks import all_masked_modules
+from autosparse_fx.masked import MaskedModule, logit, mask_state, masked_value, stored_weight
 from autosparse_fx.plan import Plan, Slot
 from autosparse_fx.selection import Candidate, collect, reason
 
@@ -131,7 +132,8 @@ def report(model: nn.Module) -> SparsityReport:
     layers: list[LayerReport] = []
     skipped: dict[str, tuple[int, str]] = {}
     parameters = 0
-    prepared = bool(masked_modules(model))
+    by_weight = _masked_by_weight(model)
+    prepared = bool(by_weight)
     plans = _plans_of(model)
     embeddings: list[str] = []
     own = _thresholds_of(model)
@@ -139,7 +141,7 @@ def report(model: nn.Module) -> SparsityReport:
         if id(candidate.parameter) in own:
             continue
         parameters += candidate.parameter.numel()
-        masked = _masked_holder(candidate.holders)
+        masked = by_weight.get(id(candidate.parameter))
         if masked is None and (prepared or candidate.axis is None):
             if prepared:
                 skipped[candidate.name] = (candidate.parameter.numel(), _reason_for(candidate, plans))
@@ -182,8 +184,9 @@ def thresholds(model: nn.Module) -> dict[str, Tensor]:
     Each is a detached float32 tensor of shape ``[1]``, or ``[C]`` for per-channel thresholds.
     """
     found: dict[str, Tensor] = {}
+    by_weight = _masked_by_weight(model)
     for candidate in collect(model):
-        masked = _masked_holder(candidate.holders)
+        masked = by_weight.get(id(candidate.parameter))
         if masked is not None:
             module, slot = masked
             found[candidate.name] = logit(module, slot).detach().reshape(-1).clone()
@@ -207,7 +210,7 @@ def _plans_of(model: nn.Module) -> list[tuple[Plan, str, str]]:
     They differ where a part of the prepared model is looked at, or a module around it.
     """
     found: dict[int, tuple[Plan, str, str]] = {}
-    for prefix, module in masked_modules(model):
+    for prefix, module in all_masked_modules(model):
         for slot in module._autosparse_slots:
             then = module._autosparse.weights[slot.name].name
             now = f"{prefix}.{slot.name}" if prefix else slot.name
@@ -229,13 +232,13 @@ def _reason_for(candidate: Candidate, plans: list[tuple[Plan, str, str]]) -> str
     return reason(candidate)
 
 
-def _masked_holder(holders: list[tuple[nn.Module, str]]) -> tuple[MaskedModule, Slot] | None:
-    for module, name in holders:
-        if isinstance(module, MaskedModule):
-            for slot in module._autosparse_slots:
-                if slot.name == name:
-                    return module, slot
-    return None
+def _masked_by_weight(model: nn.Module) -> dict[int, tuple[MaskedModule, Slot]]:
+    """Each masked weight, by id, with a module that reads it masked."""
+    return {
+        id(stored_weight(module, slot)): (module, slot)
+        for _, module in all_masked_modules(model)
+        for slot in module._autosparse_slots
+    }
 
 
 def _thresholds_of(model: nn.Module) -> set[int]:

@@ -97,7 +97,7 @@ def select(model: nn.Module, config: AutoSparse, used: dict[int, int] | None = N
         if rule is None:
             selection.skipped[candidate.name] = f"left dense by the rule {pattern!r}"
             continue
-        _check_tensor(candidate)
+        check_tensor(candidate.parameter, candidate.name)
         candidate.axis = axis
         selection.chosen.append((candidate, rule))
     chosen = {id(candidate) for candidate, _ in selection.chosen}
@@ -117,27 +117,44 @@ def select(model: nn.Module, config: AutoSparse, used: dict[int, int] | None = N
     return selection
 
 
-def _check_tensor(candidate: Candidate) -> None:
-    p = candidate.parameter
+def check_tensor(p: Tensor, name: str) -> None:
+    """Raise where a weight is of a kind that cannot be masked."""
     if isinstance(p, nn.UninitializedParameter):
         raise ValueError(
-            f"weight '{candidate.name}' belongs to a lazy module that has not seen an input yet: run one forward "
+            f"weight '{name}' belongs to a lazy module that has not seen an input yet: run one forward "
             "pass of the model before sparsify"
         )
     if not p.is_floating_point():
         raise TypeError(
-            f"weight '{candidate.name}' {list(p.shape)} is {p.dtype}, and only real floating-point weights can be "
-            f"masked: sparsify before quantizing, or leave it dense with rules={{{candidate.name!r}: None}}"
+            f"weight '{name}' {list(p.shape)} is {p.dtype}, and only real floating-point weights can be "
+            f"masked: sparsify before quantizing, or leave it dense with rules={{{name!r}: None}}"
         )
     if type(p) is not nn.Parameter and not _is_dtensor(p):
         raise TypeError(
-            f"weight '{candidate.name}' {list(p.shape)} is a {type(p).__name__}: sparsify before converting it, or "
-            f"leave it dense with rules={{{candidate.name!r}: None}}"
+            f"weight '{name}' {list(p.shape)} is a {type(p).__name__}: sparsify before converting it, or "
+            f"leave it dense with rules={{{name!r}: None}}"
         )
 
 
 def _is_dtensor(p: Tensor) -> bool:
     return torch.distributed.is_available() and type(p).__name__ == "DTensor"
+
+
+def refuse_wrappers(model: nn.Module) -> None:
+    """Raise where a wrapper holds the parameters in a form that cannot be masked."""
+    for name, module in model.named_modules():
+        kind = type(module)
+        if kind.__module__.startswith("torch.") and kind.__name__ in ("DataParallel", "FullyShardedDataParallel"):
+            cure = "DistributedDataParallel" if kind.__name__ == "DataParallel" else "FSDP2 (fully_shard)"
+            raise ValueError(
+                f"autosparse_fx does not support {kind.__name__} (module '{name}'): sparsify the plain model, then "
+                f"wrap it with {cure}"
+            )
+        if getattr(module, "_is_fsdp_managed_module", False) and not hasattr(module, "_autosparse"):
+            raise ValueError(
+                f"module '{name}' is managed by FSDP2 already, which would not reduce the gradients of new thresholds: "
+                "call sparsify first, and fully_shard after it"
+            )
 
 
 def reason(candidate: Candidate) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -11,12 +12,13 @@ from torch import Tensor, nn
 
 from autosparse_fx.attach import attach, detach, masked_modules, remask
 from autosparse_fx.config import AutoSparse
-from autosparse_fx.initial import initial_logit
+from autosparse_fx.hidden.masks import all_masked_modules, hidden_mask, hidden_masks, release
+from autosparse_fx.initial import new_mask, threshold_shape
 from autosparse_fx.masked import ALPHA, MaskedModule, alpha_of, mask_state, masked_class, masked_value, stored_weight
 from autosparse_fx.ownership import remember_finalized
 from autosparse_fx.plan import MaskedWeight, Plan, Slot
 from autosparse_fx.report import group_sparsities
-from autosparse_fx.selection import Candidate, collect, select
+from autosparse_fx.selection import Candidate, collect, refuse_wrappers, select
 from autosparse_fx.steering import TOLERANCE
 
 __all__ = ["dense_weights", "finalize", "sparsify"]
@@ -42,7 +44,8 @@ def sparsify(
 
     Args:
         model: any module, on any device, the meta device included.
-        config: what to make sparse and how; 80 % sparsity by default.
+        config: what to make sparse and how; 80 % sparsity by default. A model that ``torch.compile(...,
+            options=...)`` is making sparse goes on with its thresholds and its configuration.
         example_inputs: arguments of one call of the model (a tensor, a tuple, or a dict of keyword arguments). With
             them, parameters that the model's own code multiplies by (``F.linear``, ``torch.einsum``, ``@``, ...) are
             found in the captured graphs and masked as well. The model runs once, without gradients; its buffers and
@@ -55,12 +58,14 @@ def sparsify(
         TypeError, ValueError: if a rule matches nothing, a weight cannot be masked, nothing is left to mask, or the
             model was prepared with another configuration. The model is then unchanged.
     """
-    config = AutoSparse() if config is None else config
     if not isinstance(model, nn.Module):
         raise TypeError(f"sparsify takes a torch.nn.Module, got {type(model).__name__}")
+    hidden = list(hidden_masks(model))
+    if config is None:
+        config = hidden[0][2].request.config if hidden else AutoSparse()
     if not isinstance(config, AutoSparse):
         raise TypeError(f"sparsify takes an autosparse_fx.AutoSparse as its configuration, got {type(config).__name__}")
-    _refuse_wrappers(model)
+    refuse_wrappers(model)
     prepared = masked_modules(model)
     if prepared:
         name, first = prepared[0]
@@ -71,11 +76,17 @@ def sparsify(
             f"the model is sparse already ('{name}' was prepared with {first._autosparse.plan.config}): finalize it "
             "before preparing it with another configuration"
         )
-    used = None
+    for name, _, mask in hidden:
+        if mask.request.config != config:
+            raise ValueError(
+                f"weight '{name}' is being made sparse already by torch.compile(..., options=...), as "
+                f"{mask.request.config}: sparsify without a configuration takes that over"
+            )
+    used = {id(parameter): mask.axis for _, parameter, mask in hidden} or None
     if example_inputs is not None:
         from autosparse_fx.capture import multiplied_parameters
 
-        used = multiplied_parameters(model, example_inputs)
+        used = {**(used or {}), **multiplied_parameters(model, example_inputs)}
     selection = select(model, config, used)
     for candidate, _ in selection.chosen:
         for module, name in candidate.holders:
@@ -84,7 +95,7 @@ def sparsify(
                     raise ValueError(
                         f"{type(module).__name__} that holds '{candidate.name}' has an attribute '{new}' already"
                     )
-    plan = Plan(config, selection.skipped)
+    plan = Plan(config, selection.skipped, annealed_steps=max((mask.steps for _, _, mask in hidden), default=0))
 
     # Everything that can fail comes before the first change.
     alphas: dict[torch.device, Tensor] = {}
@@ -93,12 +104,15 @@ def sparsify(
         assert candidate.axis is not None
         for module, name in candidate.holders:
             masked_class(type(module), (Slot(name, candidate.axis),), config.threshold_scale)
-        weight = MaskedWeight(candidate.name, rule)
-        alpha = _shared_alpha(alphas, candidate.parameter.device, config.alpha)
-        prepared_masks.append((candidate, weight, *_new_mask(candidate.parameter, candidate.axis, weight), alpha))
+        known = hidden_mask(candidate.parameter)
+        weight = MaskedWeight(candidate.name, rule) if known is None else replace(known.weight, name=candidate.name)
+        made = new_mask(candidate.parameter, candidate.axis, weight) if known is None else known.state()
+        alpha = _shared_alpha(alphas, candidate.parameter.device, config.alpha if known is None else float(known.alpha))
+        prepared_masks.append((candidate, weight, *made, alpha))
     for candidate, weight, threshold, offset, alpha in prepared_masks:
         for module, name in candidate.holders:
             attach(module, Slot(name, candidate.axis or 0), weight, plan, threshold, offset, alpha)
+        release(candidate.parameter)
     for module in model.modules():
         if isinstance(module, _READS_CHILDREN) and not isinstance(module, MaskedModule):
             remask(module, (), plan)
@@ -120,7 +134,7 @@ def finalize(model: ModuleT) -> ModuleT:
         ValueError: if nothing in ``model`` is sparse.
         RuntimeError: if a masked module was wrapped by FSDP2 or parametrized meanwhile; the model is then unchanged.
     """
-    modules = masked_modules(model)
+    modules = all_masked_modules(model)
     if not modules:
         raise ValueError(
             f"{type(model).__name__} is not sparse: there is nothing to finalize (was it finalized before?)"
@@ -142,6 +156,8 @@ def finalize(model: ModuleT) -> ModuleT:
                     parameter.copy_(masked_value(module, slot))
     for _, module in modules:
         detach(module)
+    for _, parameter, _ in list(hidden_masks(model)):
+        release(parameter)
     remember_finalized(model.parameters())
     return model
 
@@ -196,7 +212,7 @@ def _reconcile(model: nn.Module, before: dict[str, tuple[Any, Slot]]) -> None:
         if id(threshold) in taken:
             threshold, offset = nn.Parameter(threshold.detach().clone()), offset.clone()
             weight = MaskedWeight(name, weight.config, weight.provisional)
-        if threshold.shape != _threshold_shape(candidate.parameter, slot.axis, weight.config):
+        if threshold.shape != threshold_shape(candidate.parameter, slot.axis, weight.config):
             threshold, offset = _resized(candidate.parameter, slot.axis, weight, threshold, offset)
         taken.add(id(threshold))
         alpha = alpha_of(source)
@@ -209,22 +225,11 @@ def _still_multiplied(source: nn.Module, candidate: Candidate) -> bool:
     return any(m is source and not isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for m, _ in candidate.holders)
 
 
-def _threshold_shape(parameter: Tensor, axis: int, config: AutoSparse) -> torch.Size:
-    return torch.Size([parameter.shape[axis] if config.granularity == "channel" else 1])
-
-
-def _new_mask(parameter: nn.Parameter, axis: int, weight: MaskedWeight) -> tuple[nn.Parameter, Tensor]:
-    shape = _threshold_shape(parameter, axis, weight.config)
-    logit, weight.provisional = initial_logit(parameter, weight.config.threshold_init, axis)
-    offset = torch.full(shape, logit, dtype=torch.float32, device=parameter.device)
-    return nn.Parameter(torch.zeros_like(offset)), offset
-
-
 def _resized(
     parameter: nn.Parameter, axis: int, weight: MaskedWeight, threshold: Tensor, offset: Tensor
 ) -> tuple[nn.Parameter, Tensor]:
     """Per-channel thresholds for a new number of channels: the first ones keep theirs."""
-    new_threshold, new_offset = _new_mask(parameter, axis, weight)
+    new_threshold, new_offset = new_mask(parameter, axis, weight)
     kept = min(len(threshold), len(new_threshold))
     with torch.no_grad():
         new_threshold[:kept] = threshold[:kept]
@@ -248,22 +253,6 @@ def _refuse_unmasked_parts(model: nn.Module, config: AutoSparse) -> None:
             raise ValueError(
                 f"the model is sparse already, but its weight '{candidate.name}' is not masked: finalize it before "
                 "preparing the larger model"
-            )
-
-
-def _refuse_wrappers(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        kind = type(module)
-        if kind.__module__.startswith("torch.") and kind.__name__ in ("DataParallel", "FullyShardedDataParallel"):
-            cure = "DistributedDataParallel" if kind.__name__ == "DataParallel" else "FSDP2 (fully_shard)"
-            raise ValueError(
-                f"autosparse_fx does not support {kind.__name__} (module '{name}'): sparsify the plain model, then "
-                f"wrap it with {cure}"
-            )
-        if getattr(module, "_is_fsdp_managed_module", False) and not isinstance(module, MaskedModule):
-            raise ValueError(
-                f"module '{name}' is managed by FSDP2 already, which would not reduce the gradients of new thresholds: "
-                "call sparsify first, and fully_shard after it"
             )
 
 

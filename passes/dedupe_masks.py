@@ -5,7 +5,7 @@ import operator
 import torch
 from torch.fx import GraphModule, Node
 
-from autosparse_fx._compat import enter_inference_mode, exit_inference_mode, set_grad_enabled
+from autosparse_fx.passes.modes import function_name, modes, writes
 
 MASK = torch.ops.autosparse.threshold_mask.default
 
@@ -44,23 +44,15 @@ def dedupe_masks(gm: GraphModule) -> int:
     masks = [n for n in gm.graph.nodes if is_mask(n)]
     related = {n for mask in masks for n in _logit_nodes(mask)} | set(masks)
     sources = {a for n in related for a in n.all_input_nodes if a not in related}
-    if any(_writes(user, n) for n in _with_views(sources | related) for user in n.users):
+    if any(writes(user, n) for n in _with_views(sources | related) for user in n.users):
         return removed
 
     first: dict[object, Node] = {}
-    with_grad = torch.is_grad_enabled()
-    inference: list[Node] = []
+    mode_of = modes(gm.graph)
     for node in list(gm.graph.nodes):
-        if node.target is set_grad_enabled:
-            with_grad = bool(node.args[0])
-        elif node.target is enter_inference_mode:
-            inference.append(node)
-        elif node.target is exit_inference_mode:
-            inference.remove(node.args[0])
         if node not in related:
             continue
-        mode = (with_grad, *inference)
-        key = (node.op, node.target, node.args, tuple(sorted(node.kwargs.items())), mode)
+        key = (node.op, node.target, node.args, tuple(sorted(node.kwargs.items())), mode_of[node])
         kept = first.setdefault(_hashable(key), node)
         if kept is not node:
             node.replace_all_uses_with(kept)
@@ -95,28 +87,10 @@ def _with_views(nodes: set[Node]) -> set[Node]:
     found = set(nodes)
     pending = list(nodes)
     while pending:
-        views = {u for u in pending.pop().users if u not in found and _name(u) in _VIEWS}
+        views = {u for u in pending.pop().users if u not in found and function_name(u) in _VIEWS}
         found |= views
         pending.extend(views)
     return found
-
-
-def _name(node: Node) -> str:
-    if isinstance(node.target, str):
-        return node.target if node.op == "call_method" else ""
-    return str(getattr(node.target, "__name__", node.target)).removeprefix("aten.")
-
-
-def _writes(user: Node, node: Node) -> bool:
-    """Whether ``user`` is an in-place operation on ``node``."""
-    if node in user.kwargs.values() and user.kwargs.get("out") is node:
-        return True
-    if not user.args or user.args[0] is not node:
-        return False
-    name = _name(user)
-    if user.op == "call_function" and getattr(user.target, "__module__", "") == "_operator":
-        return name in ("setitem", "iadd", "isub", "imul", "itruediv", "imatmul", "ipow")
-    return name.endswith("_") and not name.endswith("__")
 
 
 def _hashable(value: object) -> object:

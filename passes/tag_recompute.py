@@ -3,7 +3,7 @@
 import operator
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 aten = torch.ops.aten
@@ -33,7 +33,7 @@ _CHEAP = frozenset(
 )
 
 
-def tag_recompute(graph: Graph) -> int:
+def tag_recompute(gm: GraphModule) -> int:
     """Tag every mask node of a joint graph, with the casts and views behind it, for recomputation.
 
     The partitioner then saves the weight and the threshold, which exist anyway, and neither the masked weight nor its
@@ -44,7 +44,7 @@ def tag_recompute(graph: Graph) -> int:
         The number of nodes that were tagged.
     """
     tagged = 0
-    pending = [node for node in graph.nodes if node.target is MASK]
+    pending = [node for node in gm.graph.nodes if node.target is MASK]
     seen: set[Node] = set()
     while pending:
         node = pending.pop()
@@ -54,5 +54,10 @@ def tag_recompute(graph: Graph) -> int:
         if "recompute" not in node.meta:  # a user's own checkpoint policy goes first
             node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
             tagged += 1
-        pending.extend(user for user in node.users if user.target in _CHEAP)
+        pending.extend(user for user in node.users if is_between_mask_and_use(user))
     return tagged
+
+
+def is_between_mask_and_use(node: Node) -> bool:
+    """Whether a node is a cast or a view, which costs as little to compute again as the mask."""
+    return node.target in _CHEAP

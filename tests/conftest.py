@@ -43,3 +43,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def verified_graphs() -> Iterator[None]:
+    """Every graph that our backend compiles in a test is checked after every pass."""
+    from autosparse_fx import pipeline
+    from autosparse_fx.passes.verify import verify_masked_graph
+
+    def check(gm: torch.fx.GraphModule, stage: str, pass_name: str) -> None:
+        verify_masked_graph(gm, deduped=pass_name == "dedupe_masks", tagged=pass_name == "tag_recompute")
+
+    pipeline.checks.append(check)
+    yield
+    pipeline.checks.remove(check)

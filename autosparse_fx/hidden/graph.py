@@ -1,0 +1,101 @@
+"""From a Dynamo graph of an unprepared model to a compiled one that is called with the thresholds of its weights."""
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from autosparse_fx.capture import placeholder_parameter
+from autosparse_fx.hidden import masks
+from autosparse_fx.hidden.masks import Request
+from autosparse_fx.passes.find_weights import find_weights
+from autosparse_fx.passes.insert_masks import STATE, WEIGHT, MaskSpec
+
+
+def mark_weights(gm: GraphModule, request: Request | None) -> None:
+    """Mark the nodes of the weights that ``insert_masks`` is to mask.
+
+    With a request those are all trainable weights that the graph multiplies by; also the ones that rules leave dense,
+    because Dynamo may run one graph for several instances of a class, of which rules mean only some. Without a request
+    they are the weights that other graphs mask.
+    """
+    parameters = {
+        node: parameter
+        for node in gm.graph.nodes
+        if node.op in ("placeholder", "get_attr") and (parameter := placeholder_parameter(node)) is not None
+    }
+    found = find_weights(gm, lambda node: node in parameters and parameters[node].requires_grad)
+    if request is not None:
+        masks.register({parameters[node]: axis for node, axis in found.items()}, list(parameters.values()), request)
+    elif not any(masks.hidden_mask(parameters[node]) for node in found):
+        return
+    for node in found:
+        mask = masks.hidden_mask(parameters[node])
+        if mask is not None:
+            channels = len(mask.offset) if mask.weight.config.granularity == "channel" else None
+            node.meta[WEIGHT] = MaskSpec(mask.plan.config.threshold_scale, mask.axis, channels)
+        elif request is not None and request.config.rules:
+            node.meta[WEIGHT] = MaskSpec(request.config.threshold_scale)
+
+
+class MaskedCall:
+    """Calls a compiled graph with the thresholds, offsets and alphas of the weights that it is called with.
+
+    They are looked up at every call, from the weights themselves, because Dynamo runs one graph for all instances of a
+    class that look alike.
+    """
+
+    def __init__(self, gm: GraphModule, request: Request | None) -> None:
+        placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        self._request = request
+        self._sources: list[int | nn.Parameter] = []
+        self._shapes: list[tuple[int, ...]] = []
+        self._axes: list[int] = []
+        self._compiled: Callable[..., Any] | None = None
+        self._known: tuple[int, list[Callable[[], Any]]] | None = None
+        self._state: list[Tensor] = []
+        for node in placeholders:
+            weight, field = node.meta.get(STATE, (None, None))
+            if field == "threshold":
+                self._sources.append(self._source(weight, placeholders))
+                self._shapes.append(tuple(node.meta["example_value"].shape))
+                self._axes.append(weight.meta[WEIGHT].axis)
+
+    @staticmethod
+    def _source(weight: Node, placeholders: list[Node]) -> int | nn.Parameter:
+        if weight.op == "placeholder":
+            return placeholders.index(weight)
+        parameter = placeholder_parameter(weight)
+        assert parameter is not None
+        return parameter
+
+    def example_state(self, example_inputs: Sequence[Any]) -> list[Tensor]:
+        """The inputs that the graph takes behind ``example_inputs``, each a tensor of its own."""
+        return [tensor.clone() for tensor in self._look_up(self._weights(example_inputs))]
+
+    def bind(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """Return what Dynamo is to call: ``compiled`` itself where the graph has no hidden thresholds."""
+        self._compiled = compiled
+        return self if self._sources else compiled
+
+    def __call__(self, *args: Any) -> Any:
+        assert self._compiled is not None
+        weights = self._weights(args)
+        known = self._known
+        if known is None or known[0] != masks.version() or any(r() is not w for r, w in zip(known[1], weights)):  # noqa: B905
+            self._state = self._look_up(weights)
+            self._known = (masks.version(), [weakref.ref(weight) for weight in weights])
+        return self._compiled(*args, *self._state)
+
+    def _weights(self, args: Sequence[Any]) -> list[nn.Parameter]:
+        return [args[source] if isinstance(source, int) else source for source in self._sources]
+
+    def _look_up(self, weights: list[nn.Parameter]) -> list[Tensor]:
+        if self._request is not None:
+            masks.register(dict(zip(weights, self._axes, strict=True)), [], self._request)
+        found: list[Tensor] = []
+        for weight, shape in zip(weights, self._shapes, strict=True):
+            found.extend(masks.state(weight, shape))
+        return found

@@ -1,0 +1,256 @@
+"""The masks of weights whose model was never prepared, found by the weight itself."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
+
+from autosparse_fx.attach import attach, masked_modules
+from autosparse_fx.config import AutoSparse, matches
+from autosparse_fx.initial import new_mask
+from autosparse_fx.masked import MaskedModule
+from autosparse_fx.ownership import Place, is_finalized, places
+from autosparse_fx.plan import MaskedWeight, Plan, Slot
+from autosparse_fx.selection import check_tensor, collect, refuse_wrappers
+
+
+@dataclass(frozen=True)
+class Request:
+    """What ``torch.compile(..., options={...})`` asked for."""
+
+    config: AutoSparse
+    total_steps: int
+
+
+@dataclass(eq=False)
+class HiddenMask:
+    """The state of one masked weight. It does not hold the weight, which holds it alive."""
+
+    weight: MaskedWeight
+    request: Request
+    plan: Plan
+    axis: int
+    threshold: nn.Parameter
+    offset: Tensor
+    alpha: Tensor
+    steps: int = 0  # optimizer steps that the weight has seen
+    optimizer_state: dict[str, Any] = field(default_factory=dict)  # of the threshold, as torch.optim keeps it
+
+    def state(self) -> tuple[nn.Parameter, Tensor]:
+        """Threshold and offset."""
+        return self.threshold, self.offset
+
+    def holder(self, parameter: nn.Parameter, name: str = "weight") -> MaskedModule:
+        """A masked module around the weight, under ``name`` in it, for all code that works on those."""
+        slot = Slot(name, self.axis)
+        module = nn.Module()
+        module._parameters[slot.name] = parameter
+        attach(module, slot, self.weight, self.plan, self.threshold, self.offset, self.alpha)
+        assert isinstance(module, MaskedModule)
+        return module
+
+
+@dataclass
+class _Registry:
+    """``members`` changes with the set of masks, ``version`` whenever a weight may have to be looked up again."""
+
+    masks: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    # Weights that no graph has masked although a layer of a known class multiplies by them: their full names.
+    missed: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    dense: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)  # by a rule: the requests
+    seen: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)  # looked at for this request
+    plans: Any = field(default_factory=WeakIdKeyDictionary)  # root module -> [(request, plan)]
+    members: int = 0
+    version: int = 0
+
+
+_registry = _Registry()
+
+
+def hidden_mask(parameter: Tensor) -> HiddenMask | None:
+    """The mask of a weight, if it has one here."""
+    found: HiddenMask | None = _registry.masks.get(parameter)
+    return found
+
+
+def version() -> int:
+    """A number that changes whenever what is known of a weight may have changed."""
+    return _registry.version
+
+
+def membership() -> int:
+    """A number that changes whenever a weight gets a mask or loses it."""
+    return _registry.members
+
+
+def touch() -> None:
+    """Have every compiled graph look up its weights again."""
+    _registry.version += 1
+
+
+def any_masks() -> bool:
+    """Whether there is any hidden mask, or any weight that should have one."""
+    return len(_registry.masks) > 0 or len(_registry.missed) > 0
+
+
+def missed_weight(parameter: Tensor) -> str | None:
+    """The name of a weight that should be masked by now and is not."""
+    found: str | None = _registry.missed.get(parameter)
+    return found
+
+
+def register(weights: Mapping[nn.Parameter, int], around: list[nn.Parameter], request: Request) -> None:
+    """Give a mask to every weight that has none yet and that the rules do not leave dense.
+
+    Args:
+        weights: weights that a graph multiplies by, and the axis of the output channels of each.
+        around: all parameters of the graph: they tell which model it belongs to.
+        request: what to make sparse and how.
+
+    Raises:
+        ValueError: if a rule matches nothing in the model, or a weight is being made sparse already with another
+            configuration. Nothing is then registered.
+    """
+    for parameter in weights:
+        mask = hidden_mask(parameter)
+        if mask is not None and mask.request != request:
+            raise ValueError(
+                f"weight '{mask.weight.name}' is being made sparse already, with other options "
+                f"({mask.request}): compile all parts of a model with the same ones"
+            )
+    new = [p for p in weights if hidden_mask(p) is None and not is_finalized(p) and _registry.dense.get(p) != request]
+    unseen = [p for p in (*weights, *around) if _registry.seen.get(p) != request]
+    if not new and not unseen:
+        return
+    found = places([*weights, *around])
+    plans = {id(place.root): _plan(place.root, found, request) for place in found.values()}
+    _expect([found[id(p)].scope for p in (*weights, *around) if id(p) in found], found, request)
+    made = []
+    for parameter in new:
+        place = found.get(id(parameter))
+        names = place.names if place is not None else ("weight",)  # no module holds it
+        plan = plans[id(place.root)] if place is not None else Plan(request.config)
+        pattern, rule = request.config.rule_for(names)
+        if rule is None:
+            plan.skipped[names[0]] = f"left dense by the rule {pattern!r}"
+            _registry.dense[parameter] = request
+            continue
+        check_tensor(parameter, names[0])
+        if type(parameter) is not nn.Parameter:
+            raise TypeError(
+                f"weight '{names[0]}' {list(parameter.shape)} is a {type(parameter).__name__}, which options= "
+                "cannot make sparse: prepare the model with autosparse_fx.sparsify"
+            )
+        made.append((parameter, weights[parameter], MaskedWeight(names[0], rule), plan))
+    for parameter in unseen:
+        _registry.seen[parameter] = request
+    for parameter, axis, weight, plan in made:
+        with torch.inference_mode(False), torch.no_grad():
+            threshold, offset = new_mask(parameter, axis, weight)
+            alpha = torch.full((), request.config.alpha, dtype=torch.float32, device=parameter.device)
+        insert(parameter, HiddenMask(weight, request, plan, axis, threshold, offset, alpha))
+
+
+def insert(parameter: nn.Parameter, mask: HiddenMask) -> None:
+    """Enter a mask for a weight."""
+    _registry.masks[parameter] = mask
+    _registry.missed.pop(parameter, None)
+    _registry.members += 1
+    touch()
+
+
+def release(parameter: nn.Parameter) -> None:
+    """Forget the mask of a weight: graphs that were compiled with it read the weight as it is from now on."""
+    if _registry.masks.pop(parameter, None) is not None:
+        _registry.members += 1
+        touch()
+    _registry.missed.pop(parameter, None)
+
+
+def _plan(root: nn.Module, found: Mapping[int, Place], request: Request) -> Plan:
+    plans: list[tuple[Request, Plan]] = _registry.plans.setdefault(root, [])
+    for known, plan in plans:
+        if known == request:
+            return plan
+    refuse_wrappers(root)
+    candidates = collect(root)
+    names = [name for c in candidates for name in found[id(c.parameter)].names]
+    for pattern in request.config.rules:
+        if not any(matches(pattern, name) for name in names):
+            weights = ", ".join(c.name for c in candidates if c.axis is not None) or "none"
+            raise ValueError(
+                f"options: rules: {pattern!r} matches no parameter of the model; its weights are {weights}"
+            )
+    plan = Plan(request.config)
+    plans.append((request, plan))
+    return plan
+
+
+def _expect(scopes: list[nn.Module], found: Mapping[int, Place], request: Request) -> None:
+    """Note the weights of what was compiled that layers of known classes multiply by: graphs are to mask them all."""
+    for scope in {id(scope): scope for scope in scopes}.values():
+        for candidate in collect(scope):
+            parameter = candidate.parameter
+            names = found[id(parameter)].names
+            dense = request.config.rule_for(names)[1] is None or is_finalized(parameter)
+            if candidate.axis is not None and not dense and hidden_mask(parameter) is None:
+                _registry.missed[parameter] = names[0]
+
+
+def state(parameter: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return threshold, offset and alpha of a weight for a graph that takes thresholds of ``shape``.
+
+    A weight without a mask gets a cut of exactly 0, under which its value and its gradient are what they are.
+
+    Raises:
+        ValueError: if its threshold has another shape.
+    """
+    mask = hidden_mask(parameter)
+    with torch.inference_mode(False):
+        if mask is None:
+            never = torch.full(shape, -torch.inf, dtype=torch.float32, device=parameter.device)
+            return torch.zeros_like(never), never, torch.ones((), dtype=torch.float32, device=parameter.device)
+        if tuple(mask.threshold.shape) != shape:
+            raise ValueError(
+                f"weight '{mask.weight.name}' has thresholds of shape {list(mask.threshold.shape)}, but shares a "
+                f"compiled graph with weights whose thresholds have shape {list(shape)}: give them the same "
+                "granularity, or prepare the model with autosparse_fx.sparsify"
+            )
+        _follow(mask, parameter.device)
+        return mask.threshold.detach(), mask.offset, mask.alpha
+
+
+def _follow(mask: HiddenMask, device: torch.device) -> None:
+    """Move the state of a mask to where its weight has moved."""
+    if mask.offset.device == device:
+        return
+    mask.threshold.data = mask.threshold.data.to(device)
+    mask.offset = mask.offset.to(device)
+    mask.alpha = mask.alpha.to(device)
+    mask.optimizer_state = {
+        key: value.to(device) if isinstance(value, Tensor) and value.dim() else value
+        for key, value in mask.optimizer_state.items()
+    }
+    touch()
+
+
+def hidden_masks(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, HiddenMask]]:
+    """The weights of ``model`` that are masked here, with their full names in it."""
+    if not len(_registry.masks):
+        return
+    for name, parameter in model.named_parameters():
+        mask = hidden_mask(parameter)
+        if mask is not None:
+            yield name, parameter, mask
+
+
+def all_masked_modules(model: nn.Module) -> list[tuple[str, MaskedModule]]:
+    """The modules of ``model`` that read masked weights, and one around each weight that is masked here."""
+    found = masked_modules(model)
+    for full_name, parameter, mask in hidden_masks(model):
+        prefix, _, name = full_name.rpartition(".")
+        found.append((prefix, mask.holder(parameter, name)))
+    return found

@@ -1,0 +1,114 @@
+"""Saving and loading what a half-trained one-line model holds besides its own weights."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from autosparse_fx.config import AutoSparse
+from autosparse_fx.decay import annealed_alpha
+from autosparse_fx.hidden import masks
+from autosparse_fx.hidden.masks import HiddenMask, Request
+from autosparse_fx.plan import MaskedWeight, Plan
+
+__all__ = ["load_state_dict", "state_dict"]
+
+
+def state_dict(model: nn.Module) -> dict[str, Any]:
+    """Return thresholds, offsets, their optimizer state and the step count of a model that
+    ``torch.compile(..., options={...})`` is making sparse.
+
+    Save it beside ``model.state_dict()`` and ``optimizer.state_dict()``, which know nothing of it. A model that
+    ``sparsify`` prepared needs none of this: everything is in its own ``state_dict()`` and in the annealer's.
+
+    Returns:
+        Tensors and plain values, by the full names of the weights in ``model``; ``torch.load(..., weights_only=True)``
+        reads it.
+
+    Raises:
+        ValueError: if no compiled graph masks any weight of the model.
+    """
+    found = {
+        _plain(name): {
+            "name": mask.weight.name,
+            "axis": mask.axis,
+            "threshold": mask.threshold.detach(),
+            "offset": mask.offset,
+            "steps": mask.steps,
+            "optimizer": dict(mask.optimizer_state),
+            "config": mask.request.config.to_dict(),
+            "rule": mask.weight.config.to_dict(),
+            "total_steps": mask.request.total_steps,
+        }
+        for name, _, mask in masks.hidden_masks(model)
+    }
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no hidden thresholds: they exist from the first call of a model compiled with "
+            "options={'total_steps': ..., ...} on; a model that sparsify prepared keeps its thresholds in "
+            "model.state_dict()"
+        )
+    return found
+
+
+def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
+    """Give ``model`` the thresholds that :func:`state_dict` returned, before its first call or after.
+
+    Load ``model.state_dict()`` and ``optimizer.state_dict()`` as usual, compile with the same options, and train on.
+
+    Raises:
+        ValueError: if a weight is missing or a threshold has another shape. Nothing is then changed.
+    """
+    parameters = {_plain(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+    plans: list[tuple[Request, Plan]] = []
+    made = []
+    for name, entry in state.items():
+        parameter = parameters.get(name)
+        if parameter is None:
+            raise ValueError(f"{type(model).__name__} has no parameter '{name}', for which thresholds were saved")
+        rule, request = AutoSparse.from_dict(entry["rule"]), _request(entry)
+        shape = [parameter.shape[entry["axis"]]] if rule.granularity == "channel" else [1]
+        for field in ("threshold", "offset"):
+            if list(entry[field].shape) != shape:
+                raise ValueError(
+                    f"the saved {field} of '{name}' has shape {list(entry[field].shape)}, its weight "
+                    f"{list(parameter.shape)} asks for {shape}"
+                )
+        plan = next((plan for known, plan in plans if known == request), None)
+        if plan is None:
+            plan = Plan(request.config, annealed_steps=entry["steps"])
+            plans.append((request, plan))
+        made.append((parameter, _mask(parameter, entry, rule, request, plan)))
+    for parameter, mask in made:
+        masks.insert(parameter, mask)
+
+
+def _request(entry: dict[str, Any]) -> Request:
+    return Request(AutoSparse.from_dict(entry["config"]), entry["total_steps"])
+
+
+def _mask(parameter: nn.Parameter, entry: dict[str, Any], rule: AutoSparse, request: Request, plan: Plan) -> HiddenMask:
+    config, device = request.config, parameter.device
+    alpha = annealed_alpha(config.alpha, config.decay, config.alpha_end, min(1.0, entry["steps"] / request.total_steps))
+    return HiddenMask(
+        MaskedWeight(entry["name"], rule),
+        request,
+        plan,
+        entry["axis"],
+        nn.Parameter(entry["threshold"].detach().to(device, copy=True)),
+        entry["offset"].to(device, copy=True),
+        torch.full((), alpha, dtype=torch.float32, device=device),
+        entry["steps"],
+        {
+            key: value.to(device if value.dim() else value.device, copy=True)
+            if isinstance(value, torch.Tensor)
+            else copy.deepcopy(value)
+            for key, value in entry["optimizer"].items()
+        },
+    )
+
+
+def _plain(name: str) -> str:
+    """The name without what torch.compile puts around a module."""
+    return name.replace("_orig_mod.", "")

@@ -1,0 +1,185 @@
+"""Training hidden thresholds behind the user's optimizer, which never sees them.
+
+The gradient of a threshold is read off the gradient of its weight. With ``dw = G * h`` (see ``ops.py``)::
+
+    ds = -g'(s) * sum(G * sign(w) * h) = -g'(s) * sum(sign(w) * dw)
+
+so whatever was done to the weight's gradient holds for its threshold too: unscaling, clipping, accumulation, averaging
+over processes, a batch that was thrown away by ``zero_grad``. It costs one pass over weights and gradients, less than a
+quarter of the optimizer's own. The thresholds then take a step of a second optimizer, of the same class and with the
+same settings as the group that holds their weight, as they would as parameters of a prepared model.
+"""
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from autosparse_fx.annealing import GradientAnnealing
+from autosparse_fx.hidden import masks
+from autosparse_fx.hidden.masks import HiddenMask, Request
+from autosparse_fx.ops import broadcast_dims
+
+_Held = tuple[nn.Parameter, HiddenMask]
+_CURE = "prepare the model with model = autosparse_fx.sparsify(model) before making the optimizer"
+
+
+class _Run:
+    """The hidden thresholds of the weights that one optimizer holds."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.signature = _signature(optimizer)
+        self._missed: list[tuple[nn.Parameter, str]] = []
+        self._held: list[_Held] = []
+        self._groups: list[int] = []  # for each group of the twin, the index of the optimizer's own
+        groups = []
+        for index, group in enumerate(optimizer.param_groups):
+            held = []
+            for parameter in group["params"]:
+                mask = masks.hidden_mask(parameter)
+                if mask is not None:
+                    held.append((parameter, mask))
+                elif (name := masks.missed_weight(parameter)) is not None:
+                    self._missed.append((parameter, name))
+            if held:
+                groups.append({**_settings(group), "params": [mask.threshold for _, mask in held]})
+                self._groups.append(index)
+                self._held += held
+        self._twin = _twin(optimizer, groups) if groups else None
+        for _, mask in self._held:
+            if self._twin is not None and mask.optimizer_state:
+                self._twin.state[mask.threshold] = mask.optimizer_state
+        self._annealers = _annealers(self._held)
+
+    @torch.no_grad()
+    def before(self, optimizer: Optimizer, closure: bool) -> None:
+        """Read the gradients of the thresholds, while the weights are still those that the gradients were taken at."""
+        for parameter, name in self._missed:
+            if parameter.grad is not None or closure:
+                raise RuntimeError(
+                    f"weight '{name}' {list(parameter.shape)} is trained, but no compiled graph has masked it: its "
+                    "layer ran outside the compiled model, or is one that torch.compile leaves to eager mode, such as "
+                    f"nn.LSTM. {_CURE}, or leave the weight dense with options={{'rules': {{{name!r}: None}}, ...}}"
+                )
+        if self._held and closure:
+            raise RuntimeError(
+                f"{type(optimizer).__name__}.step(closure) computes gradients inside the step, where the thresholds of "
+                f"a model that was never prepared cannot follow: {_CURE}"
+            )
+        scale = getattr(optimizer, "grad_scale", None)  # GradScaler lets fused optimizers unscale by themselves
+        for parameter, mask in self._held:
+            mask.threshold.grad = None
+            if parameter.grad is not None:
+                gradient = _threshold_gradient(parameter.detach(), parameter.grad, mask)
+                mask.threshold.grad = gradient if scale is None else gradient / scale.to(gradient.device)
+
+    def after(self, optimizer: Optimizer) -> None:
+        """Step the thresholds, then alpha and the sparsity."""
+        if self._twin is None:
+            return
+        for group, index in zip(self._twin.param_groups, self._groups, strict=True):
+            group.update(_settings(optimizer.param_groups[index]))
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None:
+            self._twin.grad_scale, self._twin.found_inf = None, found_inf  # type: ignore[attr-defined]
+        self._twin.step()
+        for annealer, held in self._annealers:
+            annealer.step()
+            for _, mask in held:
+                mask.steps = annealer.steps
+                mask.threshold.grad = None
+                mask.optimizer_state = self._twin.state[mask.threshold]
+
+
+def _annealers(held: list[_Held]) -> list[tuple[GradientAnnealing, list[_Held]]]:
+    """One annealer for all weights of the same request, which goes on where the weights are in their training."""
+    by_request: list[tuple[Request, list[_Held]]] = []
+    for item in held:
+        group = next((group for request, group in by_request if request == item[1].request), None)
+        if group is None:
+            by_request.append((item[1].request, [item]))
+        else:
+            group.append(item)
+    made = []
+    for request, group in by_request:
+        alphas: dict[torch.device, Tensor] = {}
+        for _, mask in group:
+            mask.alpha = alphas.setdefault(mask.alpha.device, mask.alpha)
+        annealer = GradientAnnealing(nn.ModuleList(m.holder(p) for p, m in group), request.total_steps)
+        steps = max(mask.steps for _, mask in group)
+        annealer.load_state_dict({"steps": steps, "total_steps": request.total_steps})
+        made.append((annealer, group))
+    masks.touch()
+    return made
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
+
+
+def _signature(optimizer: Optimizer) -> tuple[int, ...]:
+    return masks.membership(), *(len(group["params"]) for group in optimizer.param_groups)
+
+
+def _twin(optimizer: Optimizer, groups: list[dict[str, Any]]) -> Optimizer:
+    """An optimizer of the same class and settings over the thresholds."""
+    kind = type(optimizer)
+    try:
+        twin = kind(groups)  # type: ignore[call-arg]
+    except Exception as error:
+        raise RuntimeError(
+            f"{kind.__name__} cannot train the thresholds of a model that was never prepared ({error}): {_CURE}"
+        ) from error
+    _twins.add(twin)
+    return twin
+
+
+def _threshold_gradient(weight: Tensor, grad: Tensor, mask: HiddenMask) -> Tensor:
+    if grad.is_sparse:
+        raise RuntimeError(f"weight '{mask.weight.name}' has a sparse gradient, which cannot be masked: {_CURE}")
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    sign, grad = torch.sign(weight).to(dtype), grad.to(dtype)
+    s = mask.offset + mask.plan.config.threshold_scale * mask.threshold
+    if s.shape[0] == 1:
+        order = sorted(range(sign.dim()), key=lambda d: sign.stride()[d], reverse=True)
+        total = torch.dot(sign.permute(order).reshape(-1), grad.permute(order).reshape(-1)).reshape(1)
+    else:
+        shape = tuple(-1 if d == mask.axis else 1 for d in range(sign.dim()))
+        dims, _ = broadcast_dims(tuple(sign.shape), tuple(s.view(shape).shape))
+        total = (sign * grad).sum(dims)
+    cut = torch.sigmoid(s)
+    return (-mask.plan.config.threshold_scale * cut * (1 - cut) * total).to(torch.float32)
+
+
+_runs: "weakref.WeakKeyDictionary[Optimizer, _Run]" = weakref.WeakKeyDictionary()
+_twins: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
+_hooked = False
+
+
+def hook_optimizers() -> None:
+    """Have every optimizer of the process step the hidden thresholds of the weights that it holds."""
+    global _hooked
+    if not _hooked:
+        _hooked = True
+        register_optimizer_step_pre_hook(_before_step)
+        register_optimizer_step_post_hook(_after_step)
+
+
+@torch.compiler.disable
+def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if optimizer in _twins or not masks.any_masks():
+        return
+    run = _runs.get(optimizer)
+    if run is None or run.signature != _signature(optimizer):
+        run = _runs[optimizer] = _Run(optimizer)
+    run.before(optimizer, closure=any(map(callable, args)) or kwargs.get("closure") is not None)
+
+
+@torch.compiler.disable
+def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    run = _runs.get(optimizer)
+    if run is not None:
+        run.after(optimizer)

@@ -1,0 +1,61 @@
+"""What ``torch.compile(model, backend="autosparse", mode=..., options={...})`` may say."""
+
+import dataclasses
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from autosparse_fx import _compat
+from autosparse_fx.config import AutoSparse
+from autosparse_fx.hidden.masks import Request
+
+# The options that ask for a model that was never prepared to be made sparse.
+ONE_LINE_OPTIONS = ("total_steps", *(f.name for f in dataclasses.fields(AutoSparse)))
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of one ``torch.compile``, checked."""
+
+    request: Request | None
+    recompute_masks: bool
+    inductor: dict[str, Any]
+
+
+def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Options:
+    """Check and sort the arguments ``mode`` and ``options`` of ``torch.compile``.
+
+    Raises:
+        TypeError, ValueError: naming the option, its value and what it accepts.
+    """
+    given = {name.replace("-", "_"): value for name, value in (options or {}).items()}
+    mode = given.pop("mode", mode)
+    request = _request({name: given.pop(name) for name in ONE_LINE_OPTIONS if name in given})
+    recompute_masks = given.pop("recompute_masks", True)
+    if not isinstance(recompute_masks, bool):
+        raise TypeError(f"option 'recompute_masks' must be True or False, got {recompute_masks!r}")
+    known = _compat.inductor_option_names()
+    for name in given:
+        if name not in known:
+            raise ValueError(
+                f"backend 'autosparse' has no option {name!r}: it takes 'mode', 'recompute_masks', "
+                f"{', '.join(map(repr, ONE_LINE_OPTIONS))}, and the options of Inductor, as listed by "
+                "torch._inductor.list_options()"
+            )
+    patches = _compat.inductor_mode_options(mode) if mode and mode != "default" else {}
+    return Options(request, recompute_masks, {**patches, **given})
+
+
+def _request(given: dict[str, Any]) -> Request | None:
+    if not given:
+        return None
+    if "total_steps" not in given:
+        raise ValueError(
+            f"option {next(iter(given))!r} makes a model sparse while it trains, which also needs 'total_steps': the "
+            "number of optimizer steps of the whole training"
+        )
+    total_steps = given.pop("total_steps")
+    if isinstance(total_steps, bool) or not hasattr(total_steps, "__index__") or total_steps <= 0:
+        raise ValueError(f"option 'total_steps' must be a positive number of optimizer steps, got {total_steps!r}")
+    return Request(AutoSparse(**given), operator.index(total_steps))

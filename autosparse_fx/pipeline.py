@@ -1,0 +1,82 @@
+"""Runs passes in their order, and keeps what each made of the graph: in the log, in PyTorch's trace, and in memory."""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.fx import Graph, GraphModule
+from torch.fx.passes.graph_transform_observer import GraphTransformObserver
+
+from autosparse_fx import _compat
+
+log = logging.getLogger(__name__)
+
+Pass = Callable[[Any], int]
+
+
+@dataclass(frozen=True)
+class GraphVersion:
+    """A graph as one pass left it."""
+
+    stage: str  # "dynamo" or "joint"
+    pass_name: str  # "captured" for the graph that the first pass was given
+    changes: int
+    graph: Graph
+
+
+@dataclass
+class Compilation:
+    """The versions of one graph on its way to Inductor, in order."""
+
+    id: str  # Dynamo's, such as "0/0", where there is one
+    versions: list[GraphVersion] = field(default_factory=list)
+
+
+# The last compilations of this process, oldest first: graphs only, no tensors.
+compilations: deque[Compilation] = deque(maxlen=16)
+
+# What tests hang in: called after every pass, with the graph module, the stage and the name of the pass.
+checks: list[Callable[[GraphModule, str, str], None]] = []
+
+
+def run_passes(gm: GraphModule, passes: Sequence[Pass], stage: str) -> dict[str, int]:
+    """Run ``passes`` on ``gm`` in order, in place.
+
+    Each goes through ``torch.fx``'s ``GraphTransformObserver``, so that Inductor's pass bisection and logging of graph
+    transformations see it.
+
+    Returns:
+        The number of changes that each made, by name.
+    """
+    compilation = _compilation(gm, stage)
+    compilation.versions.append(GraphVersion(stage, "captured", 0, _copy(gm.graph)))
+    counts: dict[str, int] = {}
+    for graph_pass in passes:
+        name = graph_pass.__name__
+        changes = GraphTransformObserver(gm, name, subsystem="autosparse").apply_gm_pass(graph_pass)
+        counts[name] = changes or 0
+        log.debug("compilation %s, %s graph: %s made %d changes", compilation.id, stage, name, counts[name])
+        if counts[name]:
+            compilation.versions.append(GraphVersion(stage, name, counts[name], _copy(gm.graph)))
+            _compat.trace_graph(f"autosparse_after_{name}", gm)
+        for check in checks:
+            check(gm, stage, name)
+    return counts
+
+
+def _compilation(gm: GraphModule, stage: str) -> Compilation:
+    compile_id = _compat.current_compile_id()
+    if stage == "dynamo" or not compilations or compilations[-1].id != compile_id:
+        compilations.append(Compilation(compile_id))
+    return compilations[-1]
+
+
+def _copy(graph: Graph) -> Graph:
+    made = Graph()
+    nodes: dict[Any, Any] = {}
+    made.output(made.graph_copy(graph, nodes))
+    for node in made.nodes:
+        node.meta.pop("grapharg", None)  # which leads to the tensors themselves
+    return made
