@@ -167,8 +167,12 @@ class GradientAnnealing:
         for plan in self._plans:
             plan.annealed_steps = self._count
         self._write_alpha()
-        if self._count % self._interval == 0 or self._count == self.total_steps:
+        interval = max(self._interval, self.total_steps // 100) if self._settling() else self._interval
+        if self._count % interval == 0 or self._count == self.total_steps:
             self._steer()
+
+    def _settling(self) -> bool:
+        return self._count >= self._config.alpha_end * self.total_steps
 
     @torch.no_grad()
     def _write_alpha(self) -> None:
@@ -189,8 +193,7 @@ class GradientAnnealing:
                 sparsity,
                 self._config.max_layer_sparsity,
                 ramping=sparsity < target,
-                seed=self._count,
-                final=final,
+                exact=final or self._settling(),
             )
             self._checks.append(_DeferredCheck(finite, weights, target))
         for check in self._checks:

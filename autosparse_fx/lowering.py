@@ -44,6 +44,9 @@ def _anneal_gradient(grad: Any, weight: Any, threshold: Any, alpha: Any) -> tupl
     cut = _cut(threshold, dtype)
     kept = _call(aten.gt.Tensor, _call(aten.abs.default, w), cut)
     annealed = _call(aten.where.self, kept, grad, _call(aten.mul.Tensor, _cast(alpha, dtype), grad))
+    d_weight = _cast(annealed, weight.get_dtype())
+    if d_weight is annealed and weight.get_device().type == "cpu":
+        annealed.realize()  # the sum then takes it in the loop that makes it, instead of making it in a loop of its own
 
     shape = threshold.get_size()
     dims, lacking = broadcast_dims(tuple(weight.get_size()), tuple(shape))
@@ -54,7 +57,7 @@ def _anneal_gradient(grad: Any, weight: Any, threshold: Any, alpha: Any) -> tupl
         total = _call(aten.view.default, total, list(shape))
     slope = _call(aten.mul.Tensor, cut, _call(aten.sub.Tensor, cut, 1))  # -g'(s) = g * (g - 1)
     d_threshold = _call(aten.mul.Tensor, slope, total)
-    return _cast(annealed, weight.get_dtype()), _cast(d_threshold, threshold.get_dtype())
+    return d_weight, _cast(d_threshold, threshold.get_dtype())
 
 
 register_inductor_lowering(torch.ops.autosparse.threshold_mask.default, _threshold_mask)

@@ -1,0 +1,363 @@
+"""The one-line form masks exactly what ``sparsify`` masks, layer by layer, with the same outputs and gradients."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from hidden.compare import (
+    INIT,
+    assert_same,
+    check,
+    eager,
+    error,
+    one_line,
+    options,
+    outputs_and_gradients,
+    without_inductor,
+)
+from torch import Tensor, nn
+
+from autosparse_fx import AutoSparse, report, sparsify, thresholds
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_inductor(monkeypatch)
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(16, 8), (4, 16)),
+    "linear without bias": (lambda: nn.Linear(16, 8, bias=False), (2, 3, 16)),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3), (2, 4, 9)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, 3, padding=1, stride=2), (2, 4, 8, 8)),
+    "conv2d circular": (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), (2, 4, 8, 8)),
+    "conv2d same": (lambda: nn.Conv2d(4, 6, 3, padding="same", dilation=2), (2, 4, 8, 8)),
+    "conv3d": (lambda: nn.Conv3d(2, 4, 3), (2, 2, 5, 5, 5)),
+    "grouped": (lambda: nn.Conv2d(8, 12, 3, groups=4), (2, 8, 5, 5)),
+    "depthwise": (lambda: nn.Conv2d(8, 8, 3, groups=8, padding=1), (2, 8, 5, 5)),
+    "transposed 1d": (lambda: nn.ConvTranspose1d(4, 6, 3), (2, 4, 5)),
+    "transposed 2d": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2), (2, 4, 4, 4)),
+    "transposed 3d": (lambda: nn.ConvTranspose3d(2, 3, 3), (2, 2, 3, 3, 3)),
+    "transposed grouped": (lambda: nn.ConvTranspose2d(8, 12, 3, groups=4), (2, 8, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layer_equals_the_prepared_one(layer: str, granularity: str) -> None:
+    make, shape = LAYERS[layer]
+    model = nn.Sequential(make())
+    axis = 1 if "transposed" in layer else 0
+    masked = check(model, torch.randn(shape), axes={"0.weight": axis}, config={"granularity": granularity})
+    assert masked == {"0.weight"}
+    channels = model[0].weight.shape[axis] if granularity == "channel" else 1
+    assert thresholds(model)["0.weight"].shape == (channels,)
+
+
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+def test_bilinear_equals_the_prepared_one(granularity: str) -> None:
+    model = nn.Bilinear(3, 4, 5)
+    assert check(model, torch.randn(2, 3), torch.randn(2, 4), config={"granularity": granularity}) == {"weight"}
+
+
+NOT_A_PRODUCT = pytest.mark.xfail(
+    reason="find_weights does not know F.multi_head_attention_forward, which Dynamo keeps as one call, nor the fused "
+    "torch._transformer_encoder_layer_fwd: weights of attention stay dense, and training ends in an error",
+    strict=True,
+)
+
+
+class Attention(nn.Module):
+    def __init__(self, cross: bool = False, **arguments: int) -> None:
+        super().__init__()
+        self.cross = cross
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **arguments)
+        with torch.no_grad():
+            for p in self.attention.parameters():
+                p.copy_(torch.randn_like(p) / 4)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        return self.attention(x, memory, memory)[0] if self.cross else self.attention(x, x, x, need_weights=False)[0]
+
+
+@NOT_A_PRODUCT
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+@pytest.mark.parametrize("kind", ["self", "cross", "separate"])
+def test_attention_equals_the_prepared_one(kind: str, granularity: str, training: bool) -> None:
+    sizes = {"kdim": 6, "vdim": 6} if kind == "separate" else {}
+    model = Attention(cross=kind != "self", **sizes).train(training)
+    memory = torch.randn(2, 5, sizes.get("kdim", 8))
+    masked = check(model, torch.randn(2, 3, 8), memory, config={"granularity": granularity})
+    inner = {"q_proj_weight", "k_proj_weight", "v_proj_weight"} if sizes else {"in_proj_weight"}
+    assert masked == {f"attention.{name}" for name in inner | {"out_proj.weight"}}
+
+
+def encoder(layers: int = 1) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+
+
+@NOT_A_PRODUCT
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_transformer_encoder_equals_the_prepared_one(training: bool) -> None:
+    """Also the layers that ``nn.TransformerEncoder`` copies from one: each has thresholds of its own."""
+    masked = check(encoder(2).train(training), torch.randn(2, 3, 8))
+    assert masked == {
+        f"layers.{i}.{name}.weight".replace("in_proj.", "in_proj_")
+        for i in range(2)
+        for name in ("self_attn.in_proj", "self_attn.out_proj", "linear1", "linear2")
+    }
+
+
+@NOT_A_PRODUCT
+@pytest.mark.parametrize("make", [encoder, Attention], ids=["encoder", "attention"])
+@pytest.mark.parametrize("first", ["evaluated", "trained"])
+def test_attention_evaluated_without_gradients_is_masked(make: Callable[[], nn.Module], first: str) -> None:
+    """In eval mode and under no_grad these layers hand all of their weights to one fused operator."""
+    model = make()
+    inputs = (torch.randn(2, 3, 8),) if make is encoder else (torch.randn(2, 3, 8), torch.randn(2, 3, 8))
+    twin = sparsify(copy.deepcopy(model), AutoSparse(threshold_init=INIT)).eval()
+    step = one_line(model)
+    if first == "trained":
+        step(*inputs)
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(step(*inputs), twin(*inputs))
+    assert set(thresholds(model)) == set(thresholds(twin))
+
+
+@pytest.mark.parametrize("make", [nn.RNNCell, nn.GRUCell, nn.LSTMCell], ids=["rnn", "gru", "lstm"])
+def test_recurrent_cell_is_masked_or_refused_by_name(make: Callable[..., nn.Module]) -> None:
+    """Dynamo captures it as one call; what must not happen is that it trains dense in silence."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.head = make(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            state = self.cell(x)
+            return self.head(state[0] if isinstance(state, tuple) else state)
+
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    one_line(model)(torch.randn(4, 8)).sum().backward()
+    if set(thresholds(model)) != {"cell.weight_ih", "cell.weight_hh", "head.weight"}:
+        with pytest.raises(RuntimeError, match=r"(?s)weight 'cell\.weight_ih'.*autosparse_fx\.sparsify"):
+            optimizer.step()
+
+
+# Parameters that a user's own module multiplies by.
+
+
+class Own(nn.Module):
+    """One weight, used by a function; every other parameter is to stay dense."""
+
+    def __init__(self, shape: tuple[int, ...], function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(shape) / 5)
+        self.token = nn.Parameter(torch.randn(1, 8))
+        self.positions = nn.Parameter(torch.randn(4, 8))
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x + self.positions + self.token.expand(4, -1), self.kernel)
+
+
+USES: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Tensor], Tensor], int]] = {
+    "linear": ((6, 8), F.linear, 0),
+    "einsum": ((8, 6), lambda x, w: torch.einsum("bi,io->bo", x, w), 1),
+    "einsum implicit": ((8, 6), lambda x, w: torch.einsum("bi,io", x, w), 1),
+    "matmul": ((8, 6), lambda x, w: x @ w, 1),
+    "left": ((6, 4), lambda x, w: w @ x, 0),
+    "torch.matmul": ((8, 6), lambda x, w: torch.matmul(x, w), 1),
+    "mm": ((8, 6), lambda x, w: x.mm(w), 1),
+    "bmm": ((4, 8, 6), lambda x, w: torch.bmm(x.unsqueeze(1), w), 2),
+    "baddbmm": ((4, 8, 6), lambda x, w: torch.baddbmm(torch.zeros(4, 1, 6), x.unsqueeze(1), w), 2),
+    "addmm": ((8, 6), lambda x, w: torch.addmm(torch.zeros(6), x, w), 1),
+    "tensordot": ((8, 6), lambda x, w: torch.tensordot(x, w, dims=([1], [0])), 1),
+    "keyword": ((6, 8), lambda x, w: F.linear(input=x, weight=w), 0),
+    "transposed": ((6, 8), lambda x, w: x @ w.t(), 0),
+    "property T": ((6, 8), lambda x, w: x @ w.T, 0),
+    "transpose": ((6, 8), lambda x, w: torch.matmul(x, w.transpose(0, 1)), 0),
+    "viewed": ((48,), lambda x, w: F.linear(x, w.view(6, 8)), 0),
+    "permuted": ((8, 2, 3), lambda x, w: F.linear(x, w.permute(1, 2, 0).reshape(6, 8)), 0),
+    "sliced": ((12, 8), lambda x, w: F.linear(x, w[:6]) + F.linear(x, w[6:]), 0),
+    "chunked": ((12, 8), lambda x, w: F.linear(x, w.chunk(2)[0]), 0),
+    "cast": ((6, 8), lambda x, w: F.linear(x.double(), w.to(torch.float64)).float(), 0),
+    "double": ((6, 8), lambda x, w: F.linear(x.double(), w.double()).float(), 0),
+    "contiguous": ((8, 6), lambda x, w: F.linear(x, w.t().contiguous()), 1),
+    "conv": ((8, 4, 1), lambda x, w: F.conv1d(x.unsqueeze(0), w), 0),
+}
+
+
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+@pytest.mark.parametrize("use", USES)
+def test_functional_weight_equals_the_prepared_one(use: str, granularity: str) -> None:
+    shape, function, axis = USES[use]
+    x = torch.randn(4, 8)
+    model = Own(shape, function)
+    masked = check(model, x, example_inputs=x, axes={"kernel": axis}, config={"granularity": granularity})
+    assert masked == {"kernel"}
+
+
+class Mixed(nn.Module):
+    """What is not multiplied by stays dense: norms, biases, embeddings, tokens, tables, scales."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.token = nn.Parameter(torch.randn(1, 1, 8))
+        self.positions = nn.Parameter(torch.randn(1, 5, 8))
+        self.norm = nn.LayerNorm(8)
+        self.conv = nn.Conv1d(8, 8, 3, padding=1)
+        self.bn = nn.BatchNorm1d(8)
+        self.prelu = nn.PReLU(8)
+        self.scale = nn.Parameter(torch.ones(1, 1, 8))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = torch.cat([self.token.expand(len(ids), -1, -1), self.embed(ids)], 1) + self.positions
+        x = self.norm(x) * self.scale
+        x = self.prelu(self.bn(self.conv(x.transpose(1, 2)))).transpose(1, 2)
+        return self.head(x[:, 0])
+
+
+IDS = torch.arange(8).reshape(2, 4)
+
+
+def test_everything_else_stays_dense() -> None:
+    model = Mixed()
+    assert check(model, IDS) == {"conv.weight", "head.weight"}
+    found = report(model)
+    assert [layer.name for layer in found.layers] == ["conv.weight", "head.weight"]
+    reasons = {name: why for name, (_, why) in found.skipped.items()}
+    assert reasons["embed.weight"] == "an embedding" and reasons["norm.weight"] == "a normalization"
+    assert reasons["head.bias"] == "a bias" and {"token", "positions", "scale", "prelu.weight"} <= set(reasons)
+
+
+# Tied weights.
+
+
+class SharedLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.mid, self.b = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.relu(self.mid(F.relu(self.a(x)))))
+
+
+class CalledTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.fc(F.relu(self.fc(x))))
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "masked"),
+    [
+        (reference.Tied(), torch.arange(12).reshape(3, 4), {"embed.weight", "mid.weight"}),
+        (SharedLayers(), torch.randn(4, 8), {"a.weight", "mid.weight"}),
+        (CalledTwice(), torch.randn(4, 8), {"fc.weight", "head.weight"}),
+    ],
+    ids=["embedding", "layers", "twice"],
+)
+def test_tied_weight_has_one_threshold(model: nn.Module, x: Tensor, masked: set[str]) -> None:
+    assert check(model, x) == masked
+
+
+def test_tied_embedding_is_reported_as_masked() -> None:
+    model = reference.Tied()
+    one_line(model)(IDS)
+    found = report(model)
+    assert found.masked_embeddings == ("embed.weight",) and found.layers[0].tied == ("head.weight",)
+
+
+@pytest.mark.parametrize("pattern", ["embed.weight", "head.weight", "h*"])
+def test_rule_meets_a_tied_weight_by_any_alias(pattern: str) -> None:
+    assert check(reference.Tied(), IDS, config={"rules": {pattern: None}}) == {"mid.weight"}
+
+
+# Frozen weights.
+
+
+def test_frozen_weights_stay_dense_until_they_are_unfrozen() -> None:
+    model = reference.mlp()
+    model[0].requires_grad_(False)
+    x = torch.randn(4, 16)
+    step = one_line(model)
+    step(x)
+    assert set(thresholds(model)) == {"2.weight", "4.weight"}
+    torch.testing.assert_close(step(x), eager(model)(x))
+    model[0].requires_grad_(True)
+    names = [name for name, _ in model.named_parameters()]
+    found = outputs_and_gradients(step, model, names, x)
+    assert set(thresholds(model)) == {"0.weight", "2.weight", "4.weight"}
+    assert_same(found, outputs_and_gradients(eager(model), model, names, x))
+
+
+@pytest.mark.xfail(reason="mark_weights looks at trainable weights only, so a frozen one is read dense", strict=True)
+def test_masked_weights_that_are_frozen_keep_their_masks() -> None:
+    model = reference.mlp()
+    x = torch.randn(4, 16)
+    step = one_line(model)
+    before = step(x)
+    model.requires_grad_(False)
+    torch.testing.assert_close(step(x), before)
+
+
+# Rules.
+
+
+@pytest.mark.parametrize(
+    ("rules", "masked"),
+    [
+        ({"0.weight": None}, {"2.weight", "4.weight"}),
+        ({"[02].*": None}, {"4.weight"}),
+        ({"re:[24]\\..*": None}, {"0.weight"}),
+        ({"2.weight": {}, "*": None}, {"2.weight"}),
+        ({"*": None}, set()),
+    ],
+)
+def test_rules_leave_weights_dense(rules: dict[str, None], masked: set[str]) -> None:
+    model, x = reference.mlp(), torch.randn(4, 16)
+    if masked:
+        assert check(model, x, config={"rules": rules}) == masked
+    else:
+        assert torch.equal(one_line(model, rules=rules)(x), model(x)) and not thresholds(model)
+
+
+def test_report_names_the_rule() -> None:
+    model = reference.mlp()
+    one_line(model, rules={"0.*": None})(torch.randn(4, 16))
+    assert report(model).skipped["0.weight"] == (1024, "left dense by the rule '0.*'")
+
+
+def test_rules_set_granularity_target_and_start() -> None:
+    rules = {"0.weight": {"granularity": "channel"}, "2.*": {"target_sparsity": 0.5, "threshold_init": -3.0}}
+    model = reference.mlp()
+    check(model, torch.randn(4, 16), config={"target_sparsity": 0.9, "rules": rules})
+    assert [len(s) for s in thresholds(model).values()] == [64, 1, 1]
+    assert thresholds(model)["2.weight"].item() == -3 and thresholds(model)["4.weight"].item() == INIT
+    assert [layer.target for layer in report(model).layers] == [0.9, 0.5, 0.9]
+
+
+@pytest.mark.parametrize("rules", [{"nope.weight": None}, {"0.*": None, "x*": {"granularity": "channel"}}])
+def test_rule_that_matches_nothing_is_refused(rules: dict[str, None]) -> None:
+    model = reference.mlp()
+    text = error(one_line(model, rules=rules), torch.randn(4, 16))
+    assert repr(list(rules)[-1]) in text and "its weights are 0.weight, 2.weight, 4.weight" in text
+    assert not thresholds(model)
+
+
+def test_options_of_the_helper_are_those_of_a_user() -> None:
+    assert options(target_sparsity=0.9) == {"total_steps": 10, "threshold_init": INIT, "target_sparsity": 0.9}
