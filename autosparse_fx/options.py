@@ -29,8 +29,11 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
     Raises:
         TypeError, ValueError: naming the option, its value and what it accepts.
     """
+    for name in options or {}:
+        if not isinstance(name, str):
+            raise TypeError(f"the names of options must be strings, got {name!r}")
     given = {name.replace("-", "_"): value for name, value in (options or {}).items()}
-    mode = given.pop("mode", mode)
+    mode = given.pop("mode", None) or mode
     request = _request({name: given.pop(name) for name in ONE_LINE_OPTIONS if name in given})
     recompute_masks = given.pop("recompute_masks", True)
     if not isinstance(recompute_masks, bool):
@@ -56,6 +59,10 @@ def _request(given: dict[str, Any]) -> Request | None:
             "number of optimizer steps of the whole training"
         )
     total_steps = given.pop("total_steps")
-    if isinstance(total_steps, bool) or not hasattr(total_steps, "__index__") or total_steps <= 0:
+    try:
+        steps = operator.index(total_steps)
+    except TypeError:
+        steps = 0
+    if isinstance(total_steps, bool) or steps <= 0:
         raise ValueError(f"option 'total_steps' must be a positive number of optimizer steps, got {total_steps!r}")
-    return Request(AutoSparse(**given), operator.index(total_steps))
+    return Request(AutoSparse(**given), steps)

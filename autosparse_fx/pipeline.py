@@ -44,8 +44,8 @@ checks: list[Callable[[GraphModule, str, str], None]] = []
 def run_passes(gm: GraphModule, passes: Sequence[Pass], stage: str) -> dict[str, int]:
     """Run ``passes`` on ``gm`` in order, in place.
 
-    Each goes through ``torch.fx``'s ``GraphTransformObserver``, so that Inductor's pass bisection and logging of graph
-    transformations see it.
+    Each goes through ``torch.fx``'s ``GraphTransformObserver``: Inductor's ``disabled_passes`` and its log of graph
+    transformations know it by its name.
 
     Returns:
         The number of changes that each made, by name.
@@ -56,7 +56,10 @@ def run_passes(gm: GraphModule, passes: Sequence[Pass], stage: str) -> dict[str,
     for graph_pass in passes:
         name = graph_pass.__name__
         changes = GraphTransformObserver(gm, name, subsystem="autosparse").apply_gm_pass(graph_pass)
-        counts[name] = changes or 0
+        if changes is None:
+            log.warning("%s is disabled by torch._inductor.config.disabled_passes", name)
+            continue
+        counts[name] = changes
         log.debug("compilation %s, %s graph: %s made %d changes", compilation.id, stage, name, counts[name])
         if counts[name]:
             compilation.versions.append(GraphVersion(stage, name, counts[name], _copy(gm.graph)))

@@ -75,7 +75,9 @@ class STR(nn.Module):
 def parametrized(model: nn.Module) -> nn.Module:
     """Put STR on every convolution and linear layer."""
     for module in list(model.modules()):
-        if isinstance(module, (nn.Conv2d, nn.Linear)) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and not isinstance(
+            module, nn.modules.linear.NonDynamicallyQuantizableLinear
+        ):
             parametrize.register_parametrization(module, "weight", STR().to(module.weight.device))
         elif isinstance(module, nn.MultiheadAttention):
             parametrize.register_parametrization(module, "in_proj_weight", STR().to(module.in_proj_weight.device))

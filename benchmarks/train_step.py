@@ -4,10 +4,10 @@
     python benchmarks/train_step.py --model vit_b_16 --amp            (bfloat16 autocast)
     python benchmarks/train_step.py --table                           (only print what the stored results say)
 
-A step is forward, backward, optimizer, and for the sparse variants annealing and steering. The variants alternate in one
-process (A B C A B C), so that whatever else the machine does hits all of them, and a ratio is the median of the ratios
-within the rounds. Saved bytes are what autograd keeps between forward and backward, parameters, buffers and inputs not
-counted. Cold compile time is the first step with empty caches, warm the first step after a reset with full ones.
+A step is forward, backward, optimizer, and for the sparse variants annealing and steering. The variants alternate in
+one process (A B C A B C), so that whatever else the machine does hits all of them, and a ratio is the median of the
+ratios within the rounds. Saved bytes are what autograd keeps between forward and backward, parameters, buffers and
+inputs not counted. Cold compile time is the first step with empty caches, warm the first step after a reset with full ones.
 """
 
 import argparse
@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _step_models import BATCHES, build, parametrized, pquant
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 
 import autosparse_fx
+from _step_models import BATCHES, build, parametrized, pquant
 from autosparse_fx import AutoSparse
 
 RESULTS = Path(__file__).resolve().parent / "results" / "train_step"
@@ -242,7 +242,9 @@ def main() -> None:
     results = measure(args)
     print_table(results)
     args.results.mkdir(parents=True, exist_ok=True)
-    name = f"{args.model}-{'bf16' if args.amp else 'fp32'}-{args.device}" + (f"-{args.mode}" if args.mode != "default" else "")
+    name = f"{args.model}-{'bf16' if args.amp else 'fp32'}-{args.device}" + (
+        f"-{args.mode}" if args.mode != "default" else ""
+    )
     (args.results / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
 
 

@@ -103,6 +103,9 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("sparsity (defaults are the library's; see autosparse_fx.AutoSparse)")
     group.add_argument("--dense", action="store_true", help="train the plain dense network, for comparison")
     group.add_argument(
+        "--one-line", action="store_true", help="leave the model as it is: torch.compile(..., options=...) does it all"
+    )
+    group.add_argument(
         "--target-sparsity", type=_float_or("none", None), default=argparse.SUPPRESS, metavar="FRACTION|none",
         help="fraction of zeros to reach, or 'none' to let the thresholds decide",
     )  # fmt: skip
@@ -156,6 +159,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         _drop_preset_sparsity(parser, args, argv)
     if not args.param_groups and any(hasattr(args, name) for name in THRESHOLD_OPTIONS):
         parser.error("--threshold-lr and --threshold-weight-decay need --param-groups")
+    if args.one_line and (args.dense or args.param_groups or not args.compile):
+        parser.error("--one-line needs the compiler, and leaves no place for --dense and --param-groups")
     if args.amp == "fp16" and not args.device.startswith("cuda"):
         parser.error("--amp fp16 needs --device cuda; on the CPU use --amp bf16")
     if args.resume and args.checkpoint is None:

@@ -55,14 +55,23 @@ class Trainer:
             args.arch, channels=self.data.channels, size=self.data.size, num_classes=self.data.num_classes
         )
         self.model = model.to(device=self.device, memory_format=self.memory_format)
+        self.compile_options: dict[str, Any] | None = None
         if not args.dense:
-            self.config = AutoSparse(**{name: getattr(args, name) for name in SPARSE_OPTIONS if hasattr(args, name)})
-            self.model = autosparse_fx.sparsify(self.model, self.config)
+            chosen = {name: getattr(args, name) for name in SPARSE_OPTIONS if hasattr(args, name)}
+            self.config = AutoSparse(**chosen)
+            if args.one_line:
+                self.compile_options = {**chosen, "total_steps": self.total_steps}
+            else:
+                self.model = autosparse_fx.sparsify(self.model, self.config)
         self.optimizer = self._make_optimizer()
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_factor)
         self.annealer = None
-        if not args.dense:
+        if not args.dense and not args.one_line:
             self.annealer = autosparse_fx.GradientAnnealing(self.model, self.total_steps, optimizer=self.optimizer)
+        self.forward: Any = self.model
+        if args.compile:
+            backend = "inductor" if args.dense else "autosparse"
+            self.forward = torch.compile(self.model, backend=backend, options=self.compile_options)
         self.scaler = torch.amp.GradScaler("cuda") if args.amp == "fp16" else None
 
         self.step = 0
@@ -103,9 +112,7 @@ class Trainer:
     def run(self) -> None:
         """Train from the current step to the last, writing checkpoints on the way."""
         args = self.args
-        forward: Any = self.model
-        if args.compile:
-            forward = torch.compile(self.model, backend="inductor" if args.dense else "autosparse")
+        forward = self.forward
         criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
         self.model.train()
         started = time.perf_counter() - self.seconds
@@ -152,7 +159,7 @@ class Trainer:
             steps = self.step - len(self.epochs) * self.steps_per_epoch
             mean_loss = float(self.loss_sum) / steps
             self.loss_sum.zero_()
-            self.epochs.append({"loss": mean_loss, "accuracy": evaluate(self.model, self.data.test, self._autocast)})
+            self.epochs.append({"loss": mean_loss, "accuracy": self._evaluate()})
             tqdm.write(f"epoch {len(self.epochs)}: loss {mean_loss:.4f}, accuracy {self.epochs[-1]['accuracy']:.2%}")
 
     def _due(self, every: int | None) -> bool:
@@ -164,9 +171,16 @@ class Trainer:
         if not loss.isfinite():
             raise FloatingPointError(f"the loss is {loss.item()} at step {self.step}: try a lower --lr")
         point = {"step": self.step, "loss": loss.item()}
+        if not self.args.dense:
+            point["sparsity"] = autosparse_fx.sparsity(self.model)
         if self.annealer is not None:
-            point |= {"alpha": self.annealer.alpha, "sparsity": autosparse_fx.sparsity(self.model)}
+            point["alpha"] = self.annealer.alpha
         self.history.append(point)
+
+    def _evaluate(self) -> float:
+        """Accuracy on the test images; thresholds that only compiled graphs know apply only there."""
+        model = self.forward if self.compile_options else self.model
+        return evaluate(model, self.data.test, self._autocast)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.args.amp is None:
@@ -180,6 +194,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "annealer": self.annealer.state_dict() if self.annealer else None,
+            "thresholds": autosparse_fx.state_dict(self.model) if self.compile_options else None,
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "rng": rng_state(),
             "step": self.step,
@@ -196,6 +211,8 @@ class Trainer:
             options = ", ".join(f"{k}: {found.get(k, '-')} then, {wanted.get(k, '-')} now" for k in different)
             raise ValueError(f"--resume: {self.args.checkpoint} was written by another recipe ({options})")
         self.model.load_state_dict(state["model"])
+        if self.compile_options:
+            autosparse_fx.load_state_dict(self.model, state["thresholds"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         if self.annealer is not None:
@@ -209,7 +226,7 @@ class Trainer:
 
     def finish(self) -> dict[str, Any]:
         """Turn the network back into a plain one, check that nothing changed by that, and gather the results."""
-        accuracy = evaluate(self.model, self.data.test, self._autocast)
+        accuracy = self._evaluate()
         results: dict[str, Any] = {
             "recipe": recipe(self.args),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
@@ -230,7 +247,7 @@ class Trainer:
                 for layer in report.layers
             ]
             self.model = autosparse_fx.finalize(self.model)
-            finalized = evaluate(self.model, self.data.test, self._autocast)
+            finalized = self._evaluate()
             if finalized != accuracy:
                 raise RuntimeError(f"finalize changed the accuracy from {accuracy:.4%} to {finalized:.4%}")
         return results

@@ -5,21 +5,13 @@ import operator
 import torch
 from torch.fx import GraphModule, Node
 
-from autosparse_fx.passes.modes import function_name, modes, writes
+from autosparse_fx.passes.modes import is_written_to, modes
 
 MASK = torch.ops.autosparse.threshold_mask.default
 
 # What a read of a masked weight puts between the parameters and the mask: s = offset + scale * threshold, viewed.
 _LOGIT_FUNCTIONS = frozenset({operator.mul, operator.add})
 _LOGIT_METHODS = frozenset({"view"})
-# Through these a write reaches the tensor that they were taken of.
-_VIEWS = frozenset(
-    {
-        *("as_strided", "chunk", "detach", "diagonal", "expand", "flatten", "narrow", "permute", "ravel", "reshape"),
-        *("select", "split", "squeeze", "swapaxes", "t", "transpose", "unbind", "unflatten", "unsqueeze", "view"),
-        *("view_as", "getitem", "__getitem__", "numpy_T", "mT", "getattr"),
-    }
-)
 
 
 def dedupe_masks(gm: GraphModule) -> int:
@@ -44,7 +36,7 @@ def dedupe_masks(gm: GraphModule) -> int:
     masks = [n for n in gm.graph.nodes if is_mask(n)]
     related = {n for mask in masks for n in _logit_nodes(mask)} | set(masks)
     sources = {a for n in related for a in n.all_input_nodes if a not in related}
-    if any(writes(user, n) for n in _with_views(sources | related) for user in n.users):
+    if is_written_to(sources | related):
         return removed
 
     first: dict[object, Node] = {}
@@ -80,16 +72,6 @@ def _logit_nodes(mask: Node) -> list[Node]:
         ):
             found.append(node)
             pending.extend(node.all_input_nodes)
-    return found
-
-
-def _with_views(nodes: set[Node]) -> set[Node]:
-    found = set(nodes)
-    pending = list(nodes)
-    while pending:
-        views = {u for u in pending.pop().users if u not in found and function_name(u) in _VIEWS}
-        found |= views
-        pending.extend(views)
     return found
 
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
-from autosparse_fx.passes.modes import modes, writes
+from autosparse_fx.passes.modes import is_written_to, modes
 
 MASK = torch.ops.autosparse.threshold_mask.default
 WEIGHT = "autosparse_weight"  # key of the MaskSpec in the meta of a weight's placeholder (or get_attr node)
-STATE = "autosparse_state"  # key of (weight node, field) in the meta of a placeholder that this pass added
+STATE = "autosparse_state"  # key of (name of the weight's node, field) in the meta of a placeholder that was added
 FIELDS = ("threshold", "offset", "alpha")
 
 
@@ -29,7 +29,8 @@ def insert_masks(gm: GraphModule) -> int:
     Threshold, offset and alpha of each become placeholders behind all others, static inputs without a source, marked
     with ``meta[STATE]``. The mask stands right before the first use, not at the top of the graph: hoisted, all weights
     would be used at once there, and ``DistributedDataParallel`` could not overlap its communication. Uses under
-    another grad mode get a mask of their own.
+    another grad mode get a mask of their own. A weight that the graph writes to is left alone: the write would be lost
+    in a masked copy.
 
     Before::
 
@@ -41,9 +42,6 @@ def insert_masks(gm: GraphModule) -> int:
 
     Returns:
         The number of mask nodes that were inserted.
-
-    Raises:
-        RuntimeError: if the graph writes to such a weight, in place.
     """
     graph = gm.graph
     order = {node: i for i, node in enumerate(graph.nodes)}
@@ -51,13 +49,8 @@ def insert_masks(gm: GraphModule) -> int:
     inserted = 0
     for weight in [node for node in order if WEIGHT in node.meta]:
         uses = [user for user in weight.users if user.target is not MASK]
-        if not uses:
+        if not uses or is_written_to([weight]):
             continue
-        if any(writes(user, weight) for user in uses):
-            raise RuntimeError(
-                f"the model writes to its weight '{weight.name}' inside forward, which a masked copy would lose: leave "
-                "it dense with a rule, or write to it outside the compiled region"
-            )
         groups: dict[tuple[object, ...], list[Node]] = {}
         for user in sorted(uses, key=order.__getitem__):
             groups.setdefault(mode_of[user], []).append(user)
@@ -84,7 +77,7 @@ def _state_placeholders(gm: GraphModule, weight: Node) -> tuple[Node, Node, Node
         with value.fake_mode:
             node.meta["example_value"] = torch.empty(shape, dtype=torch.float32, device=value.device)
         node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-        node.meta[STATE] = (weight, field)
+        node.meta[STATE] = (weight.name, field)
         node._dynamo_source = None  # AOTAutograd takes such inputs as they are
         last = [node]
         found.append(node)
@@ -107,5 +100,8 @@ def _insert_mask(gm: GraphModule, weight: Node, state: tuple[Node, Node, Node], 
         for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
             if key in before.meta:
                 node.meta[key] = before.meta[key]
-    made[-1].meta["example_value"] = weight.meta["example_value"]
+        args = [arg.meta["example_value"] if isinstance(arg, Node) else arg for arg in node.args]
+        with torch.no_grad():
+            value = args[0].view(*args[1:]) if node.op == "call_method" else node.target(*args)  # type: ignore[operator]
+        node.meta["example_value"] = value
     return made[-1]

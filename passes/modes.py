@@ -1,9 +1,20 @@
-"""Under which grad and inference mode each node of a Dynamo graph runs, and which nodes write to their input."""
+"""Under which grad and inference mode each node of a Dynamo graph runs, and which tensors the graph writes to."""
+
+from collections.abc import Iterable
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
-from autosparse_fx._compat import enter_inference_mode, exit_inference_mode, set_grad_enabled
+from autosparse_fx._compat import HigherOrderOperator, enter_inference_mode, exit_inference_mode, set_grad_enabled
+
+# Through these a write reaches the tensor that they were taken of.
+_VIEWS = frozenset(
+    {
+        *("as_strided", "chunk", "detach", "diagonal", "expand", "flatten", "narrow", "permute", "ravel", "reshape"),
+        *("select", "split", "squeeze", "swapaxes", "t", "transpose", "unbind", "unflatten", "unsqueeze", "view"),
+        *("view_as", "getitem", "__getitem__", "numpy_T", "mT", "getattr", "_get_data_attr"),
+    }
+)
 
 
 def modes(graph: Graph) -> dict[Node, tuple[object, ...]]:
@@ -25,16 +36,50 @@ def modes(graph: Graph) -> dict[Node, tuple[object, ...]]:
     return found
 
 
-def writes(user: Node, node: Node) -> bool:
+def is_written_to(nodes: Iterable[Node]) -> bool:
+    """Whether the graph writes to one of these tensors in place, itself or through a view of it."""
+    found = set(nodes)
+    pending = list(found)
+    while pending:
+        node = pending.pop()
+        if any(_writes(user, node) for user in node.users):
+            return True
+        views = {user for user in node.users if user not in found and function_name(user) in _VIEWS}
+        found |= views
+        pending.extend(views)
+    return False
+
+
+def _writes(user: Node, node: Node) -> bool:
     """Whether ``user`` is an in-place operation on ``node``."""
-    if node in user.kwargs.values() and user.kwargs.get("out") is node:
+    if user.kwargs.get("out") is node:
         return True
-    if not user.args or user.args[0] is not node:
+    if not user.args:
         return False
-    name = function_name(user)
+    if isinstance(user.target, HigherOrderOperator):
+        return any(is_written_to([inner]) for inner in _inside(user, node))
+    first, name = user.args[0], function_name(user)
+    if first is not node and not (name.startswith("_foreach_") and isinstance(first, (list, tuple)) and node in first):
+        return False
+    if user.kwargs.get("inplace") is True:
+        return True
     if user.op == "call_function" and getattr(user.target, "__module__", "") == "_operator":
         return name in ("setitem", "iadd", "isub", "imul", "itruediv", "imatmul", "ipow")
     return name.endswith("_") and not name.endswith("__")
+
+
+def _inside(user: Node, node: Node) -> list[Node]:
+    """The placeholders of a higher-order op's subgraphs that receive ``node``, taken to be passed in order, last."""
+    owner = user.graph.owning_module
+    operands = [a for arg in user.args for a in (arg if isinstance(arg, (list, tuple)) else [arg])]
+    found = []
+    for arg in user.args:
+        subgraph = getattr(owner, str(arg.target), None) if isinstance(arg, Node) and arg.op == "get_attr" else None
+        if isinstance(subgraph, GraphModule):
+            placeholders = [n for n in subgraph.graph.nodes if n.op == "placeholder"]
+            passed = operands[len(operands) - len(placeholders) :]
+            found += [p for p, operand in zip(placeholders, passed, strict=False) if operand is node]
+    return found
 
 
 def function_name(node: Node) -> str:

@@ -12,14 +12,21 @@ from autosparse_fx.hidden import masks
 from autosparse_fx.hidden.masks import Request
 from autosparse_fx.passes.find_weights import find_weights
 from autosparse_fx.passes.insert_masks import STATE, WEIGHT, MaskSpec
+from autosparse_fx.passes.modes import is_written_to
 
 
-def mark_weights(gm: GraphModule, request: Request | None) -> None:
+def mark_weights(gm: GraphModule, request: Request | None) -> list[nn.Parameter]:
     """Mark the nodes of the weights that ``insert_masks`` is to mask.
 
     With a request those are all trainable weights that the graph multiplies by; also the ones that rules leave dense,
     because Dynamo may run one graph for several instances of a class, of which rules mean only some. Without a request
     they are the weights that other graphs mask.
+
+    Returns:
+        The weights that have a mask since this call.
+
+    Raises:
+        RuntimeError: if the graph writes to a weight that is to be masked.
     """
     parameters = {
         node: parameter
@@ -27,17 +34,25 @@ def mark_weights(gm: GraphModule, request: Request | None) -> None:
         if node.op in ("placeholder", "get_attr") and (parameter := placeholder_parameter(node)) is not None
     }
     found = find_weights(gm, lambda node: node in parameters and parameters[node].requires_grad)
+    made: list[nn.Parameter] = []
     if request is not None:
-        masks.register({parameters[node]: axis for node, axis in found.items()}, list(parameters.values()), request)
-    elif not any(masks.hidden_mask(parameters[node]) for node in found):
-        return
+        weights = {parameters[node]: axis for node, axis in found.items()}
+        made = masks.register(weights, list(parameters.values()), request)
     for node in found:
         mask = masks.hidden_mask(parameters[node])
         if mask is not None:
+            if is_written_to([node]):
+                masks.undo(made, request)
+                raise RuntimeError(
+                    f"the model writes to its weight '{mask.weight.name}' inside forward, which a masked copy would "
+                    f"lose: leave it dense with options={{'rules': {{{mask.weight.name!r}: None}}, ...}}, or write to "
+                    "it outside the compiled region"
+                )
             channels = len(mask.offset) if mask.weight.config.granularity == "channel" else None
             node.meta[WEIGHT] = MaskSpec(mask.plan.config.threshold_scale, mask.axis, channels)
         elif request is not None and request.config.rules:
             node.meta[WEIGHT] = MaskSpec(request.config.threshold_scale)
+    return made
 
 
 class MaskedCall:
@@ -56,9 +71,11 @@ class MaskedCall:
         self._compiled: Callable[..., Any] | None = None
         self._known: tuple[int, list[Callable[[], Any]]] | None = None
         self._state: list[Tensor] = []
+        by_name = {node.name: node for node in gm.graph.nodes}
         for node in placeholders:
-            weight, field = node.meta.get(STATE, (None, None))
+            name, field = node.meta.get(STATE, (None, None))
             if field == "threshold":
+                weight = by_name[name]
                 self._sources.append(self._source(weight, placeholders))
                 self._shapes.append(tuple(node.meta["example_value"].shape))
                 self._axes.append(weight.meta[WEIGHT].axis)

@@ -98,17 +98,20 @@ def any_masks() -> bool:
 
 def missed_weight(parameter: Tensor) -> str | None:
     """The name of a weight that should be masked by now and is not."""
-    found: str | None = _registry.missed.get(parameter)
-    return found
+    found: tuple[str, Request] | None = _registry.missed.get(parameter)
+    return None if found is None else found[0]
 
 
-def register(weights: Mapping[nn.Parameter, int], around: list[nn.Parameter], request: Request) -> None:
+def register(weights: Mapping[nn.Parameter, int], around: list[nn.Parameter], request: Request) -> list[nn.Parameter]:
     """Give a mask to every weight that has none yet and that the rules do not leave dense.
 
     Args:
         weights: weights that a graph multiplies by, and the axis of the output channels of each.
         around: all parameters of the graph: they tell which model it belongs to.
         request: what to make sparse and how.
+
+    Returns:
+        The weights that got one; :func:`undo` takes it from them.
 
     Raises:
         ValueError: if a rule matches nothing in the model, or a weight is being made sparse already with another
@@ -124,19 +127,18 @@ def register(weights: Mapping[nn.Parameter, int], around: list[nn.Parameter], re
     new = [p for p in weights if hidden_mask(p) is None and not is_finalized(p) and _registry.dense.get(p) != request]
     unseen = [p for p in (*weights, *around) if _registry.seen.get(p) != request]
     if not new and not unseen:
-        return
+        return []
     found = places([*weights, *around])
     plans = {id(place.root): _plan(place.root, found, request) for place in found.values()}
-    _expect([found[id(p)].scope for p in (*weights, *around) if id(p) in found], found, request)
-    made = []
+    made: list[tuple[nn.Parameter, int, MaskedWeight, Plan]] = []
+    dense: list[tuple[nn.Parameter, Plan, str, str]] = []
     for parameter in new:
         place = found.get(id(parameter))
         names = place.names if place is not None else ("weight",)  # no module holds it
         plan = plans[id(place.root)] if place is not None else Plan(request.config)
         pattern, rule = request.config.rule_for(names)
         if rule is None:
-            plan.skipped[names[0]] = f"left dense by the rule {pattern!r}"
-            _registry.dense[parameter] = request
+            dense.append((parameter, plan, names[0], f"left dense by the rule {pattern!r}"))
             continue
         check_tensor(parameter, names[0])
         if type(parameter) is not nn.Parameter:
@@ -145,6 +147,11 @@ def register(weights: Mapping[nn.Parameter, int], around: list[nn.Parameter], re
                 "cannot make sparse: prepare the model with autosparse_fx.sparsify"
             )
         made.append((parameter, weights[parameter], MaskedWeight(names[0], rule), plan))
+    # Everything that can fail comes before the first change.
+    _expect([found[id(p)].scope for p in (*weights, *around) if id(p) in found], found, request)
+    for parameter, plan, name, why in dense:
+        plan.skipped[name] = why
+        _registry.dense[parameter] = request
     for parameter in unseen:
         _registry.seen[parameter] = request
     for parameter, axis, weight, plan in made:
@@ -152,6 +159,17 @@ def register(weights: Mapping[nn.Parameter, int], around: list[nn.Parameter], re
             threshold, offset = new_mask(parameter, axis, weight)
             alpha = torch.full((), request.config.alpha, dtype=torch.float32, device=parameter.device)
         insert(parameter, HiddenMask(weight, request, plan, axis, threshold, offset, alpha))
+    return [parameter for parameter, *_ in made]
+
+
+def undo(made: list[nn.Parameter], request: Request | None) -> None:
+    """Take back what :func:`register` did, for a compilation that failed."""
+    for parameter in made:
+        release(parameter)
+    for parameter in [p for p, seen in _registry.seen.items() if seen == request]:
+        _registry.seen.pop(parameter, None)  # to be looked at again
+    for parameter in [p for p, (_, asked) in _registry.missed.items() if asked == request]:
+        _registry.missed.pop(parameter, None)
 
 
 def insert(parameter: nn.Parameter, mask: HiddenMask) -> None:
@@ -197,7 +215,7 @@ def _expect(scopes: list[nn.Module], found: Mapping[int, Place], request: Reques
             names = found[id(parameter)].names
             dense = request.config.rule_for(names)[1] is None or is_finalized(parameter)
             if candidate.axis is not None and not dense and hidden_mask(parameter) is None:
-                _registry.missed[parameter] = names[0]
+                _registry.missed[parameter] = (names[0], request)
 
 
 def state(parameter: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:

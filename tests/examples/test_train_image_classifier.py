@@ -73,6 +73,13 @@ def test_sparse_training_reports_accuracy_and_sparsity(tmp_path):
     assert all(zeros[layer["name"]] == layer["zeros"] for layer in result["layers"])
 
 
+def test_one_line_trains_like_the_prepared_model():
+    prepared, one_line = (train(*TINY, "--compile", *options) for options in ((), ("--one-line",)))
+    assert one_line["accuracy"] == prepared["accuracy"] > 0.85
+    assert one_line["layers"] == prepared["layers"]
+    assert one_line["sparsity"] == pytest.approx(0.8, abs=0.005)
+
+
 def test_results_name_no_path(tmp_path):
     output = tmp_path / "result.json"
     train(*TINY, "--max-steps", "2", "--json", output, "--checkpoint", tmp_path / "checkpoint.pt")
@@ -220,11 +227,12 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     assert_same(read_checkpoint(whole), read_checkpoint(broken))
 
 
-def test_resumed_in_the_middle_of_an_epoch_equals_uninterrupted(tmp_path):
-    """The same in one process, at a step that is certainly inside an epoch, with AdamW and parameter groups."""
+@pytest.mark.parametrize("options", [("--param-groups",), ("--one-line", "--compile")], ids=["prepared", "one line"])
+def test_resumed_in_the_middle_of_an_epoch_equals_uninterrupted(options, tmp_path):
+    """The same in one process, at a step that is certainly inside an epoch, with AdamW."""
     from train_image_classifier import Trainer, parse_args
 
-    argv = [*TINY, "--optimizer", "adamw", "--param-groups", "--checkpoint", str(tmp_path / "checkpoint.pt")]
+    argv = [*TINY, "--optimizer", "adamw", *options, "--checkpoint", str(tmp_path / "checkpoint.pt")]
     whole = Trainer(parse_args(argv))
     whole.run()
 
@@ -302,6 +310,7 @@ def test_bad_input_is_a_clear_error(argv, message, tmp_path):
         (("--resume",), "needs --checkpoint"),
         (("--checkpoint-every", "5"), "needs --checkpoint"),
         (("--threshold-lr", "0.1"), "need --param-groups"),
+        (("--one-line", "--no-compile"), "--one-line needs the compiler"),
         (("--dense", "--target-sparsity", "0.9"), "no meaning with --dense"),
         (("--data", "mnist"), "invalid choice"),
     ],

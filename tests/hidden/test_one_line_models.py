@@ -14,7 +14,6 @@ from hidden.compare import (
     eager,
     error,
     one_line,
-    options,
     outputs_and_gradients,
     without_inductor,
 )
@@ -85,13 +84,12 @@ class Attention(nn.Module):
 
 @NOT_A_PRODUCT
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("granularity", ["layer", "channel"])
 @pytest.mark.parametrize("kind", ["self", "cross", "separate"])
-def test_attention_equals_the_prepared_one(kind: str, granularity: str, training: bool) -> None:
+def test_attention_equals_the_prepared_one(kind: str, training: bool) -> None:
     sizes = {"kdim": 6, "vdim": 6} if kind == "separate" else {}
     model = Attention(cross=kind != "self", **sizes).train(training)
     memory = torch.randn(2, 5, sizes.get("kdim", 8))
-    masked = check(model, torch.randn(2, 3, 8), memory, config={"granularity": granularity})
+    masked = check(model, torch.randn(2, 3, 8), memory, config={"granularity": "channel"})
     inner = {"q_proj_weight", "k_proj_weight", "v_proj_weight"} if sizes else {"in_proj_weight"}
     assert masked == {f"attention.{name}" for name in inner | {"out_proj.weight"}}
 
@@ -195,13 +193,12 @@ USES: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Tensor], Tensor], int]]
 }
 
 
-@pytest.mark.parametrize("granularity", ["layer", "channel"])
 @pytest.mark.parametrize("use", USES)
-def test_functional_weight_equals_the_prepared_one(use: str, granularity: str) -> None:
+def test_functional_weight_equals_the_prepared_one(use: str) -> None:
     shape, function, axis = USES[use]
     x = torch.randn(4, 8)
     model = Own(shape, function)
-    masked = check(model, x, example_inputs=x, axes={"kernel": axis}, config={"granularity": granularity})
+    masked = check(model, x, example_inputs=x, axes={"kernel": axis}, config={"granularity": "channel"})
     assert masked == {"kernel"}
 
 
@@ -357,7 +354,3 @@ def test_rule_that_matches_nothing_is_refused(rules: dict[str, None]) -> None:
     text = error(one_line(model, rules=rules), torch.randn(4, 16))
     assert repr(list(rules)[-1]) in text and "its weights are 0.weight, 2.weight, 4.weight" in text
     assert not thresholds(model)
-
-
-def test_options_of_the_helper_are_those_of_a_user() -> None:
-    assert options(target_sparsity=0.9) == {"total_steps": 10, "threshold_init": INIT, "target_sparsity": 0.9}

@@ -13,6 +13,7 @@ from hidden.one_line import (
     assert_same,
     assert_same_models,
     both,
+    masked_output,
     net,
     start,
     state_of,
@@ -117,15 +118,15 @@ def test_steps_without_a_gradient_leave_the_thresholds_where_they_are() -> None:
 
 
 @pytest.mark.xfail(reason="graphs of weights that do not require grad are not masked", strict=True)
-def test_a_weight_that_is_frozen_stays_masked() -> None:
-    runs = both(net(), config=OPEN)
-    for run in runs:
-        run.steps(3)
-        run.model[0].requires_grad_(False)
-        run.steps(3)
-        run.model[0].requires_grad_(True)
-        run.steps(3)
-    assert_same(*runs)
+@pytest.mark.parametrize("frozen", ["0", "0 2"])
+def test_a_weight_that_is_frozen_stays_masked(frozen: str) -> None:
+    run = start(net(), prepared=False, config=OPEN)
+    run.steps(3)
+    for index in frozen.split():
+        run.model.get_submodule(index).requires_grad_(False)
+    torch._dynamo.reset()  # torch 2.11 does not notice
+    x = torch.randn(5, 16)
+    torch.testing.assert_close(run.compiled(x).detach(), masked_output(run.model, x))
 
 
 def test_accumulated_gradients_make_one_step() -> None:
