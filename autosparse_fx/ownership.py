@@ -49,9 +49,9 @@ def places(parameters: Sequence[Tensor]) -> dict[int, Place]:
     names: dict[int, list[str]] = {}
     roots: dict[int, nn.Module] = {}
     scopes: dict[int, nn.Module] = {}
-    compiled = ancestry.compiled()
     for root in ancestry.outermost():
-        for base in (root, *(m for m in root.modules() if any(m is c for c in compiled))):
+        compiled = [module for module in root.modules() if ancestry.is_compiled(module)]
+        for base in (root, *compiled):
             for name, parameter in base.named_parameters(remove_duplicate=False):
                 names.setdefault(id(parameter), []).append(name.replace("_orig_mod.", ""))
                 roots.setdefault(id(parameter), root)
@@ -68,7 +68,7 @@ class _Ancestry:
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         wanted = {id(p) for p in parameters}
         # By type and not by isinstance, which would wake lazily loaded proxies.
-        modules = [o for o in gc.get_objects() if issubclass(type(o), nn.Module) and "_modules" in vars(o)]
+        modules = [o for o in _live_objects() if issubclass(type(o), nn.Module) and "_modules" in vars(o)]
         self._parents: dict[int, list[nn.Module]] = {}
         pending: list[nn.Module] = []
         for module in modules:
@@ -94,14 +94,21 @@ class _Ancestry:
                 found.append(module)
         return found
 
-    def compiled(self) -> list[nn.Module]:
-        """The modules that were given to torch.compile, or compiled in place."""
-        return [
-            module
-            for module in self.ancestors
-            if module._compiled_call_impl is not None
-            or any("_orig_mod" in parent._modules for parent in self._parents.get(id(module), ()))
-        ]
+    def is_compiled(self, module: nn.Module) -> bool:
+        """Whether the module was given to torch.compile, or compiled in place."""
+        parents = self._parents.get(id(module), ())
+        return module._compiled_call_impl is not None or any("_orig_mod" in parent._modules for parent in parents)
+
+
+def _live_objects() -> list[object]:
+    """What the garbage collector tracks, and what ``gc.freeze()`` has hidden from it."""
+    if gc.get_freeze_count() == 0:
+        return gc.get_objects()
+    gc.unfreeze()
+    gc.collect()  # so that no garbage of the time since is frozen with the rest
+    found = gc.get_objects()
+    gc.freeze()
+    return found
 
 
 def _wrapped(module: nn.Module) -> nn.Module | None:

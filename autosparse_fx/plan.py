@@ -58,6 +58,7 @@ class Plan:
     scope: _DenseScope = field(default_factory=_DenseScope)
     warned_of_dense_checkpoint: bool = False
     annealed_steps: int = 0
+    total_steps: int = 0  # where it was given with the configuration, in the one-line form
 
 
 @dataclass(eq=False)

@@ -7,7 +7,8 @@
 A step is forward, backward, optimizer, and for the sparse variants annealing and steering. The variants alternate in
 one process (A B C A B C), so that whatever else the machine does hits all of them, and a ratio is the median of the
 ratios within the rounds. Saved bytes are what autograd keeps between forward and backward, parameters, buffers and
-inputs not counted. Cold compile time is the first step with empty caches, warm the first step after a reset with full ones.
+inputs not counted. Cold compile time is the first step with empty caches, warm the first step after a reset with full
+ones.
 """
 
 import argparse

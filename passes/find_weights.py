@@ -40,6 +40,18 @@ _MULTIPLICATIONS: dict[Any, dict[int, int]] = {
         for product in (torch.addmm, torch.baddbmm, torch.addbmm, torch.addmv, "addmm", "baddbmm", "addbmm", "addmv")
     },
 }
+# Calls that hold several weights, by the names of those (all with their output channels first).
+_LAYERS: dict[Any, dict[int, str]] = {
+    F.multi_head_attention_forward: {
+        5: "in_proj_weight",
+        11: "out_proj_weight",
+        18: "q_proj_weight",
+        19: "k_proj_weight",
+        20: "v_proj_weight",
+    },
+    torch._native_multi_head_attention: {5: "qkv_weight", 7: "proj_weight"},
+    torch._transformer_encoder_layer_fwd: {3: "qkv_weight", 5: "proj_weight", 14: "ffn_weight_1", 16: "ffn_weight_2"},
+}
 # Through these a weight is still the same weight; the transpositions exchange its last two axes.
 _TRANSPOSITIONS = frozenset(
     {
@@ -102,6 +114,10 @@ def _operands(node: Node) -> list[tuple[Node, int | None]]:
         return []
     if node.target is torch.einsum:
         return _einsum_operands(node)
+    if node.target in _LAYERS:
+        layer = _LAYERS[node.target].items()
+        weights = [node.args[i] if i < len(node.args) else node.kwargs.get(name) for i, name in layer]
+        return [(weight, 0) for weight in weights if isinstance(weight, Node)]
     positions = _MULTIPLICATIONS.get(node.target, {})
     operands: list[tuple[Node, int | None]] = []
     for position, axis in positions.items():

@@ -1,6 +1,8 @@
 """Under which grad and inference mode each node of a Dynamo graph runs, and which tensors the graph writes to."""
 
+import inspect
 from collections.abc import Iterable
+from types import FunctionType
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -12,8 +14,27 @@ _VIEWS = frozenset(
     {
         *("as_strided", "chunk", "detach", "diagonal", "expand", "flatten", "narrow", "permute", "ravel", "reshape"),
         *("select", "split", "squeeze", "swapaxes", "t", "transpose", "unbind", "unflatten", "unsqueeze", "view"),
-        *("view_as", "getitem", "__getitem__", "numpy_T", "mT", "getattr", "_get_data_attr"),
+        *("view_as", "getitem", "__getitem__", "numpy_T", "mT", "getattr", "_get_data_attr", "movedim", "moveaxis"),
+        *(
+            "unfold",
+            "tensor_split",
+            "hsplit",
+            "vsplit",
+            "dsplit",
+            "swapdims",
+            "expand_as",
+            "reshape_as",
+            "adjoint",
+            "H",
+        ),
+        *("broadcast_to", "alias", "view_as_real", "real", "imag"),
+        *("contiguous", "to", "type", "float", "double", "half", "bfloat16"),  # where there is nothing to convert
     }
+)
+# a += b and its like, as functions (operator.iadd) and as methods (__iadd__).
+_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "matmul", "pow", "and", "or", "xor")
+_IN_PLACE = frozenset(
+    {"setitem", "__setitem__", *(f"i{op}" for op in _OPERATORS), *(f"__i{op}__" for op in _OPERATORS)}
 )
 
 
@@ -52,20 +73,31 @@ def is_written_to(nodes: Iterable[Node]) -> bool:
 
 def _writes(user: Node, node: Node) -> bool:
     """Whether ``user`` is an in-place operation on ``node``."""
-    if user.kwargs.get("out") is node:
-        return True
-    if not user.args:
-        return False
     if isinstance(user.target, HigherOrderOperator):
         return any(is_written_to([inner]) for inner in _inside(user, node))
-    first, name = user.args[0], function_name(user)
+    out = user.kwargs.get("out")
+    if node is out or (isinstance(out, (list, tuple)) and node in out):
+        return True
+    name = function_name(user)
+    arguments = _arguments(user)
+    if arguments.get("inplace") is True and node in (arguments.get("input"), *user.args[:1]):
+        return True
+    if name == "embedding" and arguments.get("max_norm") is not None and arguments.get("weight") is node:
+        return True
+    first = user.args[0] if user.args else None
     if first is not node and not (name.startswith("_foreach_") and isinstance(first, (list, tuple)) and node in first):
         return False
-    if user.kwargs.get("inplace") is True:
-        return True
-    if user.op == "call_function" and getattr(user.target, "__module__", "") == "_operator":
-        return name in ("setitem", "iadd", "isub", "imul", "itruediv", "imatmul", "ipow")
-    return name.endswith("_") and not name.endswith("__")
+    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+
+
+def _arguments(user: Node) -> dict[str, object]:
+    """The arguments of a call by name, where the function tells their names."""
+    if user.op != "call_function" or not isinstance(user.target, FunctionType):
+        return dict(user.kwargs)
+    try:
+        return dict(inspect.signature(user.target).bind_partial(*user.args, **user.kwargs).arguments)
+    except TypeError:
+        return dict(user.kwargs)
 
 
 def _inside(user: Node, node: Node) -> list[Node]:
@@ -86,4 +118,5 @@ def function_name(node: Node) -> str:
     """The bare name of the function or method that a node calls."""
     if isinstance(node.target, str):
         return node.target if node.op == "call_method" else ""
-    return str(getattr(node.target, "__name__", node.target)).removeprefix("aten.")
+    name = str(getattr(node.target, "__name__", node.target)).removeprefix("aten.")
+    return name.partition(".")[0]  # without the overload

@@ -141,11 +141,6 @@ def test_part_compiled_in_place() -> None:
     assert place.root is model and place.scope is model.inner
 
 
-@pytest.mark.xfail(
-    reason="names relative to a compiled part are known only for the parts around the parameters that were asked for: "
-    "a rule by the short name of another part is refused as matching nothing",
-    strict=True,
-)
 def test_equal_blocks_that_are_compiled_share_a_short_name() -> None:
     model = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
     for block in model:

@@ -4,7 +4,10 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 
 from autosparse_fx.capture import placeholder_parameter
@@ -18,9 +21,9 @@ from autosparse_fx.passes.modes import is_written_to
 def mark_weights(gm: GraphModule, request: Request | None) -> list[nn.Parameter]:
     """Mark the nodes of the weights that ``insert_masks`` is to mask.
 
-    With a request those are all trainable weights that the graph multiplies by; also the ones that rules leave dense,
-    because Dynamo may run one graph for several instances of a class, of which rules mean only some. Without a request
-    they are the weights that other graphs mask.
+    With a request those are all trainable weights that the graph multiplies by; also the ones that stay dense, by a
+    rule or because they were finalized, since Dynamo may run one graph for several instances of a class. Without a
+    request they are the weights that other graphs mask.
 
     Returns:
         The weights that have a mask since this call.
@@ -31,16 +34,18 @@ def mark_weights(gm: GraphModule, request: Request | None) -> list[nn.Parameter]
     parameters = {
         node: parameter
         for node in gm.graph.nodes
-        if node.op in ("placeholder", "get_attr") and (parameter := placeholder_parameter(node)) is not None
+        if node.op in ("placeholder", "get_attr")
+        and (parameter := placeholder_parameter(node)) is not None
+        and _may_be_masked(parameter)
     }
-    found = find_weights(gm, lambda node: node in parameters and parameters[node].requires_grad)
+    found = find_weights(gm, parameters.__contains__)
     made: list[nn.Parameter] = []
     if request is not None:
         weights = {parameters[node]: axis for node, axis in found.items()}
         made = masks.register(weights, list(parameters.values()), request)
-    for node in found:
-        mask = masks.hidden_mask(parameters[node])
-        if mask is not None:
+    for node, parameter in parameters.items():
+        mask = masks.hidden_mask(parameter)
+        if mask is not None and (node in found or _is_looked_up_in(node)):
             if is_written_to([node]):
                 masks.undo(made, request)
                 raise RuntimeError(
@@ -50,9 +55,19 @@ def mark_weights(gm: GraphModule, request: Request | None) -> list[nn.Parameter]
                 )
             channels = len(mask.offset) if mask.weight.config.granularity == "channel" else None
             node.meta[WEIGHT] = MaskSpec(mask.plan.config.threshold_scale, mask.axis, channels)
-        elif request is not None and request.config.rules:
+        elif request is not None and node in found and parameter.is_floating_point():
             node.meta[WEIGHT] = MaskSpec(request.config.threshold_scale)
     return made
+
+
+def _is_looked_up_in(node: Node) -> bool:
+    """Whether the graph uses a weight as an embedding; it may be tied to one that other graphs multiply by."""
+    return any(user.target in (F.embedding, F.embedding_bag) for user in node.users)
+
+
+def _may_be_masked(parameter: nn.Parameter) -> bool:
+    """A frozen weight is left as it is, unless it was frozen after it had got its mask."""
+    return parameter.requires_grad or masks.hidden_mask(parameter) is not None
 
 
 class MaskedCall:
@@ -70,6 +85,7 @@ class MaskedCall:
         self._axes: list[int] = []
         self._compiled: Callable[..., Any] | None = None
         self._known: tuple[int, list[Callable[[], Any]]] | None = None
+        self._examples: list[Tensor] = []
         self._state: list[Tensor] = []
         by_name = {node.name: node for node in gm.graph.nodes}
         for node in placeholders:
@@ -79,6 +95,8 @@ class MaskedCall:
                 self._sources.append(self._source(weight, placeholders))
                 self._shapes.append(tuple(node.meta["example_value"].shape))
                 self._axes.append(weight.meta[WEIGHT].axis)
+            if field is not None:
+                self._examples.append(node.meta["example_value"])
 
     @staticmethod
     def _source(weight: Node, placeholders: list[Node]) -> int | nn.Parameter:
@@ -89,8 +107,10 @@ class MaskedCall:
         return parameter
 
     def example_state(self, example_inputs: Sequence[Any]) -> list[Tensor]:
-        """The inputs that the graph takes behind ``example_inputs``, each a tensor of its own."""
-        return [tensor.clone() for tensor in self._look_up(self._weights(example_inputs))]
+        """The inputs that the graph takes behind ``example_inputs``, fake ones where those are fake (under DDP)."""
+        if any(isinstance(value, FakeTensor) for value in example_inputs):
+            return self._examples
+        return [torch.empty(fake.shape, dtype=fake.dtype, device=fake.device) for fake in self._examples]
 
     def bind(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """Return what Dynamo is to call: ``compiled`` itself where the graph has no hidden thresholds."""

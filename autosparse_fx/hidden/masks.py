@@ -10,6 +10,7 @@ from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 from autosparse_fx.attach import attach, masked_modules
 from autosparse_fx.config import AutoSparse, matches
+from autosparse_fx.decay import annealed_alpha
 from autosparse_fx.initial import new_mask
 from autosparse_fx.masked import MaskedModule
 from autosparse_fx.ownership import Place, is_finalized, places
@@ -37,7 +38,8 @@ class HiddenMask:
     offset: Tensor
     alpha: Tensor
     steps: int = 0  # optimizer steps that the weight has seen
-    optimizer_state: dict[str, Any] = field(default_factory=dict)  # of the threshold, as torch.optim keeps it
+    optimizer: str = ""  # the class of the optimizer that the threshold's state is of
+    optimizer_state: dict[str, Any] = field(default_factory=dict)  # as torch.optim keeps it
 
     def state(self) -> tuple[nn.Parameter, Tensor]:
         """Threshold and offset."""
@@ -62,6 +64,7 @@ class _Registry:
     missed: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     dense: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)  # by a rule: the requests
     seen: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)  # looked at for this request
+    alphas: Any = field(default_factory=WeakIdKeyDictionary)  # plan -> {device: alpha}
     plans: Any = field(default_factory=WeakIdKeyDictionary)  # root module -> [(request, plan)]
     members: int = 0
     version: int = 0
@@ -107,7 +110,8 @@ def register(weights: Mapping[nn.Parameter, int], around: list[nn.Parameter], re
 
     Args:
         weights: weights that a graph multiplies by, and the axis of the output channels of each.
-        around: all parameters of the graph: they tell which model it belongs to.
+        around: all trainable parameters of the graph: they tell which model it belongs to, and those that layers of
+            other graphs multiply by (an embedding that is tied to a head) get their masks here as well.
         request: what to make sparse and how.
 
     Returns:
@@ -124,18 +128,20 @@ def register(weights: Mapping[nn.Parameter, int], around: list[nn.Parameter], re
                 f"weight '{mask.weight.name}' is being made sparse already, with other options "
                 f"({mask.request}): compile all parts of a model with the same ones"
             )
-    new = [p for p in weights if hidden_mask(p) is None and not is_finalized(p) and _registry.dense.get(p) != request]
     unseen = [p for p in (*weights, *around) if _registry.seen.get(p) != request]
-    if not new and not unseen:
+    if not unseen and not any(map(_is_new, weights)):
         return []
     found = places([*weights, *around])
+    expected = _expected([found[id(p)].scope for p in (*weights, *around) if id(p) in found], found, request)
+    axes = {**{p: expected[p][1] for p in around if p in expected}, **weights}
+    new = [p for p in axes if _is_new(p) and _registry.dense.get(p) != request]
     plans = {id(place.root): _plan(place.root, found, request) for place in found.values()}
     made: list[tuple[nn.Parameter, int, MaskedWeight, Plan]] = []
     dense: list[tuple[nn.Parameter, Plan, str, str]] = []
     for parameter in new:
         place = found.get(id(parameter))
         names = place.names if place is not None else ("weight",)  # no module holds it
-        plan = plans[id(place.root)] if place is not None else Plan(request.config)
+        plan = plans[id(place.root)] if place is not None else Plan(request.config, total_steps=request.total_steps)
         pattern, rule = request.config.rule_for(names)
         if rule is None:
             dense.append((parameter, plan, names[0], f"left dense by the rule {pattern!r}"))
@@ -146,9 +152,10 @@ def register(weights: Mapping[nn.Parameter, int], around: list[nn.Parameter], re
                 f"weight '{names[0]}' {list(parameter.shape)} is a {type(parameter).__name__}, which options= "
                 "cannot make sparse: prepare the model with autosparse_fx.sparsify"
             )
-        made.append((parameter, weights[parameter], MaskedWeight(names[0], rule), plan))
+        made.append((parameter, axes[parameter], MaskedWeight(names[0], rule), plan))
     # Everything that can fail comes before the first change.
-    _expect([found[id(p)].scope for p in (*weights, *around) if id(p) in found], found, request)
+    for parameter, (name, _) in expected.items():
+        _registry.missed[parameter] = (name, request)
     for parameter, plan, name, why in dense:
         plan.skipped[name] = why
         _registry.dense[parameter] = request
@@ -157,9 +164,21 @@ def register(weights: Mapping[nn.Parameter, int], around: list[nn.Parameter], re
     for parameter, axis, weight, plan in made:
         with torch.inference_mode(False), torch.no_grad():
             threshold, offset = new_mask(parameter, axis, weight)
-            alpha = torch.full((), request.config.alpha, dtype=torch.float32, device=parameter.device)
+            alpha = shared_alpha(plan, parameter.device)
         insert(parameter, HiddenMask(weight, request, plan, axis, threshold, offset, alpha))
     return [parameter for parameter, *_ in made]
+
+
+def shared_alpha(plan: Plan, device: torch.device) -> Tensor:
+    """The alpha of all weights of one model on one device, at the step that their training is at."""
+    alphas: dict[torch.device, Tensor] = _registry.alphas.setdefault(plan, {})
+    if device not in alphas:
+        config = plan.config
+        progress = min(1.0, plan.annealed_steps / plan.total_steps) if plan.total_steps else 0.0
+        alpha = annealed_alpha(config.alpha, config.decay, config.alpha_end, progress)
+        with torch.inference_mode(False):
+            alphas[device] = torch.full((), alpha, dtype=torch.float32, device=device)
+    return alphas[device]
 
 
 def undo(made: list[nn.Parameter], request: Request | None) -> None:
@@ -202,20 +221,27 @@ def _plan(root: nn.Module, found: Mapping[int, Place], request: Request) -> Plan
             raise ValueError(
                 f"options: rules: {pattern!r} matches no parameter of the model; its weights are {weights}"
             )
-    plan = Plan(request.config)
+    plan = Plan(request.config, total_steps=request.total_steps)
     plans.append((request, plan))
     return plan
 
 
-def _expect(scopes: list[nn.Module], found: Mapping[int, Place], request: Request) -> None:
-    """Note the weights of what was compiled that layers of known classes multiply by: graphs are to mask them all."""
+def _is_new(parameter: nn.Parameter) -> bool:
+    return hidden_mask(parameter) is None and not is_finalized(parameter)
+
+
+def _expected(
+    scopes: list[nn.Module], found: Mapping[int, Place], request: Request
+) -> dict[nn.Parameter, tuple[str, int]]:
+    """The weights of what was compiled that layers of known classes multiply by, without a mask yet: their names and
+    channel axes. Graphs are to mask them all."""
+    expected = {}
     for scope in {id(scope): scope for scope in scopes}.values():
         for candidate in collect(scope):
-            parameter = candidate.parameter
-            names = found[id(parameter)].names
-            dense = request.config.rule_for(names)[1] is None or is_finalized(parameter)
-            if candidate.axis is not None and not dense and hidden_mask(parameter) is None:
-                _registry.missed[parameter] = (names[0], request)
+            parameter, names = candidate.parameter, found[id(candidate.parameter)].names
+            if candidate.axis is not None and _is_new(parameter) and request.config.rule_for(names)[1] is not None:
+                expected[parameter] = (names[0], candidate.axis)
+    return expected
 
 
 def state(parameter: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -238,7 +264,8 @@ def state(parameter: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Te
                 "granularity, or prepare the model with autosparse_fx.sparsify"
             )
         _follow(mask, parameter.device)
-        return mask.threshold.detach(), mask.offset, mask.alpha
+        # Not detach(): an optimizer that steps in the middle of the backward pass may write to these.
+        return mask.threshold.data, mask.offset.data, mask.alpha.data
 
 
 def _follow(mask: HiddenMask, device: torch.device) -> None:
@@ -247,7 +274,7 @@ def _follow(mask: HiddenMask, device: torch.device) -> None:
         return
     mask.threshold.data = mask.threshold.data.to(device)
     mask.offset = mask.offset.to(device)
-    mask.alpha = mask.alpha.to(device)
+    mask.alpha = shared_alpha(mask.plan, device)
     mask.optimizer_state = {
         key: value.to(device) if isinstance(value, Tensor) and value.dim() else value
         for key, value in mask.optimizer_state.items()

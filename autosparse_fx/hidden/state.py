@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from autosparse_fx.attach import masked_modules
 from autosparse_fx.config import AutoSparse
-from autosparse_fx.decay import annealed_alpha
 from autosparse_fx.hidden import masks
 from autosparse_fx.hidden.masks import HiddenMask, Request
 from autosparse_fx.plan import MaskedWeight, Plan
@@ -36,7 +36,8 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
             "threshold": mask.threshold.detach(),
             "offset": mask.offset,
             "steps": mask.steps,
-            "optimizer": dict(mask.optimizer_state),
+            "optimizer": mask.optimizer,
+            "optimizer_state": dict(mask.optimizer_state),
             "config": mask.request.config.to_dict(),
             "rule": mask.weight.config.to_dict(),
             "total_steps": mask.request.total_steps,
@@ -58,8 +59,19 @@ def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
     Load ``model.state_dict()`` and ``optimizer.state_dict()`` as usual, compile with the same options, and train on.
 
     Raises:
-        ValueError: if a weight is missing or a threshold has another shape. Nothing is then changed.
+        ValueError: if the model has no such weight, a threshold has another shape, the state is empty, or ``sparsify``
+            prepared the model. Nothing is then changed.
     """
+    if masked_modules(model):
+        raise ValueError(
+            f"{type(model).__name__} was prepared with sparsify and keeps its thresholds in its own state_dict(): use "
+            "model.load_state_dict"
+        )
+    if not state:
+        raise ValueError("the state is empty: save what autosparse_fx.state_dict(model) returns")
+    missing = [name for name, _, _ in masks.hidden_masks(model) if _plain(name) not in state]
+    if missing:
+        raise ValueError(f"the state lacks the thresholds of '{missing[0]}' ({len(missing)} weights in all)")
     parameters = {_plain(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
     plans: list[tuple[Request, Plan]] = []
     made = []
@@ -77,7 +89,7 @@ def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
                 )
         plan = next((plan for known, plan in plans if known == request), None)
         if plan is None:
-            plan = Plan(request.config, annealed_steps=entry["steps"])
+            plan = Plan(request.config, annealed_steps=entry["steps"], total_steps=request.total_steps)
             plans.append((request, plan))
         made.append((parameter, _mask(parameter, entry, rule, request, plan)))
     for parameter, mask in made:
@@ -89,8 +101,7 @@ def _request(entry: dict[str, Any]) -> Request:
 
 
 def _mask(parameter: nn.Parameter, entry: dict[str, Any], rule: AutoSparse, request: Request, plan: Plan) -> HiddenMask:
-    config, device = request.config, parameter.device
-    alpha = annealed_alpha(config.alpha, config.decay, config.alpha_end, min(1.0, entry["steps"] / request.total_steps))
+    device = parameter.device
     return HiddenMask(
         MaskedWeight(entry["name"], rule),
         request,
@@ -98,13 +109,14 @@ def _mask(parameter: nn.Parameter, entry: dict[str, Any], rule: AutoSparse, requ
         entry["axis"],
         nn.Parameter(entry["threshold"].detach().to(device, copy=True)),
         entry["offset"].to(device, copy=True),
-        torch.full((), alpha, dtype=torch.float32, device=device),
+        masks.shared_alpha(plan, device),
         entry["steps"],
+        entry["optimizer"],
         {
             key: value.to(device if value.dim() else value.device, copy=True)
             if isinstance(value, torch.Tensor)
             else copy.deepcopy(value)
-            for key, value in entry["optimizer"].items()
+            for key, value in entry["optimizer_state"].items()
         },
     )
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from autosparse_fx.annealing import GradientAnnealing
 from autosparse_fx.hidden import masks
@@ -50,13 +51,12 @@ class _Run:
                 self._held += held
         self._twin = _twin(optimizer, groups) if groups else None
         for _, mask in self._held:
-            if self._twin is not None and mask.optimizer_state:
+            if self._twin is not None and mask.optimizer_state and mask.optimizer == type(optimizer).__name__:
                 self._twin.state[mask.threshold] = mask.optimizer_state
         self._annealers = _annealers(self._held)
 
-    @torch.no_grad()
-    def before(self, optimizer: Optimizer, closure: bool) -> None:
-        """Read the gradients of the thresholds, while the weights are still those that the gradients were taken at."""
+    def check(self, optimizer: Optimizer, closure: bool) -> None:
+        """Raise where weights are trained that nothing masks, or in a way that thresholds cannot follow."""
         for parameter, name in self._missed:
             if parameter.grad is not None or closure:
                 raise RuntimeError(
@@ -69,6 +69,14 @@ class _Run:
                 f"{type(optimizer).__name__}.step(closure) computes gradients inside the step, where the thresholds of "
                 f"a model that was never prepared cannot follow: {_CURE}"
             )
+
+    @torch.no_grad()
+    def read(self, optimizer: Optimizer) -> None:
+        """Read settings and gradients, while the weights are still those that the gradients were taken at."""
+        if self._twin is None:
+            return
+        for group, index in zip(self._twin.param_groups, self._groups, strict=True):
+            group.update(_settings(optimizer.param_groups[index]))
         scale = getattr(optimizer, "grad_scale", None)  # GradScaler lets fused optimizers unscale by themselves
         for parameter, mask in self._held:
             mask.threshold.grad = None
@@ -76,21 +84,22 @@ class _Run:
                 gradient = _threshold_gradient(parameter.detach(), parameter.grad, mask)
                 mask.threshold.grad = gradient if scale is None else gradient / scale.to(gradient.device)
 
-    def after(self, optimizer: Optimizer) -> None:
+    def step(self, optimizer: Optimizer) -> None:
         """Step the thresholds, then alpha and the sparsity."""
         if self._twin is None:
             return
-        for group, index in zip(self._twin.param_groups, self._groups, strict=True):
-            group.update(_settings(optimizer.param_groups[index]))
         found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is not None:
+        if found_inf is not None:  # the step of a fused optimizer that GradScaler may have told to skip
             self._twin.grad_scale, self._twin.found_inf = None, found_inf  # type: ignore[attr-defined]
         self._twin.step()
+        if found_inf is not None:
+            del self._twin.grad_scale, self._twin.found_inf  # type: ignore[attr-defined]
         for annealer, held in self._annealers:
             annealer.step()
             for _, mask in held:
                 mask.steps = annealer.steps
                 mask.threshold.grad = None
+                mask.optimizer = type(optimizer).__name__
                 mask.optimizer_state = self._twin.state[mask.threshold]
 
 
@@ -105,14 +114,13 @@ def _annealers(held: list[_Held]) -> list[tuple[GradientAnnealing, list[_Held]]]
             group.append(item)
     made = []
     for request, group in by_request:
-        alphas: dict[torch.device, Tensor] = {}
-        for _, mask in group:
-            mask.alpha = alphas.setdefault(mask.alpha.device, mask.alpha)
         annealer = GradientAnnealing(nn.ModuleList(m.holder(p) for p, m in group), request.total_steps)
         steps = max(mask.steps for _, mask in group)
+        if steps == 0:  # weights that join a training: another optimizer's first step of it is one of the same round
+            steps = max(mask.plan.annealed_steps for _, mask in group)
+            steps = steps if steps > 1 else 0
         annealer.load_state_dict({"steps": steps, "total_steps": request.total_steps})
         made.append((annealer, group))
-    masks.touch()
     return made
 
 
@@ -156,6 +164,7 @@ def _threshold_gradient(weight: Tensor, grad: Tensor, mask: HiddenMask) -> Tenso
 
 _runs: "weakref.WeakKeyDictionary[Optimizer, _Run]" = weakref.WeakKeyDictionary()
 _twins: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
+_readers: "weakref.WeakKeyDictionary[Optimizer, RemovableHandle]" = weakref.WeakKeyDictionary()
 _hooked = False
 
 
@@ -175,11 +184,25 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     run = _runs.get(optimizer)
     if run is None or run.signature != _signature(optimizer):
         run = _runs[optimizer] = _Run(optimizer)
-    run.before(optimizer, closure=any(map(callable, args)) or kwargs.get("closure") is not None)
+    run.check(optimizer, closure=any(map(callable, args)) or kwargs.get("closure") is not None)
+    # The optimizer's own hooks run after those of all optimizers, and may still change gradients: ours is to be last.
+    _remove_reader(optimizer)
+    _readers[optimizer] = optimizer.register_step_pre_hook(_read)
+
+
+@torch.compiler.disable
+def _read(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    _runs[optimizer].read(optimizer)
 
 
 @torch.compiler.disable
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    run = _runs.get(optimizer)
-    if run is not None:
-        run.after(optimizer)
+    if optimizer in _readers:
+        _remove_reader(optimizer)
+        _runs[optimizer].step(optimizer)
+
+
+def _remove_reader(optimizer: Optimizer) -> None:
+    handle = _readers.pop(optimizer, None)
+    if handle is not None:
+        handle.remove()

@@ -85,7 +85,6 @@ def vit() -> nn.Module:
     return model  # type: ignore[no-any-return]
 
 
-@pytest.mark.xfail(reason="F.multi_head_attention_forward is not known to find_weights", strict=True)
 def test_vision_transformer_equals_the_prepared_one() -> None:
     model = vit()
     masked = check(model, torch.randn(2, 3, 16, 16), rtol=1e-3, atol=1e-3)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from hidden.compare import (
     INIT,
+    OLD,
+    Mlp,
     assert_same,
     check,
     eager,
@@ -60,8 +62,17 @@ def assert_same_training(model: nn.Module, twin: nn.Module) -> None:
 # Ways to compile.
 
 
-def test_module_compiled_in_place() -> None:
-    model = reference.mlp()
+NEVER_CALLED = pytest.mark.xfail(
+    OLD,
+    reason="Dynamo of torch 2.11 leaves a frame with an nn.LSTM in it, and an nn.Sequential that is compiled in place, "
+    "to eager mode: the backend is never called, and the model trains dense in silence",
+    strict=True,
+)
+
+
+@pytest.mark.parametrize("make", [Mlp, pytest.param(reference.mlp, marks=NEVER_CALLED)])
+def test_module_compiled_in_place(make: Callable[[], nn.Module]) -> None:
+    model = make()
     twin = sparsify(copy.deepcopy(model), AutoSparse(threshold_init=INIT))
     dense = copy.deepcopy(model)
     model.compile(backend="autosparse", options=options())
@@ -116,7 +127,7 @@ def test_weight_that_no_module_holds() -> None:
 class Blocks(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(reference.mlp(16, 32, 16) for _ in range(4))
+        self.blocks = nn.ModuleList(Mlp(16, 32, 16) for _ in range(4))
         self.head = nn.Linear(16, 4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -176,16 +187,19 @@ def test_rule_by_the_name_inside_the_block_means_all_of_them() -> None:
     assert set(thresholds(model)) == ALL - set(FIRST)
 
 
-@pytest.mark.xfail(
-    reason="places() names parameters relative to a compiled part only where it was asked for one of that part's own",
-    strict=True,
-)
 def test_rule_by_the_name_inside_a_later_part_is_no_mistake() -> None:
-    model = nn.Sequential(nn.Sequential(nn.Linear(16, 16)), reference.Residual(16, 32, 16))
+    model = nn.Sequential(Mlp(16, 32, 16), reference.Residual(16, 32, 16))
     for part in model:
         part.compile(backend="autosparse", options=options(rules={"stem.weight": None}))
     model(X)
-    assert set(thresholds(model)) == {"0.0.weight", "1.branch.0.weight", "1.branch.2.weight", "1.head.weight"}
+    assert set(thresholds(model)) == {
+        "0.0.weight",
+        "0.2.weight",
+        "0.4.weight",
+        "1.branch.0.weight",
+        "1.branch.2.weight",
+        "1.head.weight",
+    }
 
 
 def test_granularities_that_differ_in_shared_code_are_refused_with_the_cure() -> None:
@@ -251,7 +265,6 @@ SHARED_WITH_DENSE = pytest.mark.xfail(
 )
 
 
-@SHARED_WITH_DENSE
 def test_code_shared_with_a_finalized_instance_masks_the_others() -> None:
     done, new = reference.mlp(), reference.mlp()
     finalize(sparsify(done, AutoSparse(target_sparsity=None, threshold_init=INIT)))
@@ -277,7 +290,7 @@ def test_code_compiled_without_options_for_a_dense_instance_masks_the_others() -
 class WithHead(nn.Module):
     def __init__(self, recurrent: bool = False) -> None:
         super().__init__()
-        self.backbone: nn.Module = Recurrent() if recurrent else reference.mlp(16, 32, 16)
+        self.backbone: nn.Module = Recurrent() if recurrent else Mlp(16, 32, 16)
         self.head = nn.Linear(16, 4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -304,6 +317,7 @@ def test_head_outside_the_compiled_backbone_is_dense_and_not_missed(in_place: bo
     assert len(thresholds(model)) == 3 and not any("head" in name for name in thresholds(model))
 
 
+@NEVER_CALLED
 @pytest.mark.parametrize("in_place", [False, True], ids=["wrapped", "in place"])
 def test_lstm_inside_the_compiled_backbone_is_missed(in_place: bool) -> None:
     model = WithHead(recurrent=True)
@@ -315,6 +329,7 @@ def test_lstm_inside_the_compiled_backbone_is_missed(in_place: bool) -> None:
         train(model, model, 1)
 
 
+@NEVER_CALLED
 def test_cure_for_the_lstm_by_a_rule_works() -> None:
     model = Recurrent()
     train(model, one_line(model, rules={"lstm.*": None}), 2)
@@ -324,11 +339,6 @@ def test_cure_for_the_lstm_by_a_rule_works() -> None:
 # Owners.
 
 
-@pytest.mark.xfail(
-    reason="places() asks gc.get_objects(), which leaves out what gc.freeze() has set aside: no names, so rules are "
-    "neither checked nor obeyed, and no weight is missed",
-    strict=True,
-)
 def test_parameters_frozen_out_of_the_garbage_collector_keep_their_names() -> None:
     """``gc.freeze()``, as training scripts call it after building the model."""
     model = reference.mlp()
@@ -340,48 +350,3 @@ def test_parameters_frozen_out_of_the_garbage_collector_keep_their_names() -> No
         assert check(model, X, config={"rules": {"2.*": None}}) == {"0.weight", "4.weight"}
     finally:
         gc.unfreeze()
-
-
-# Weights of other kinds.
-
-
-class Product(nn.Module):
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.fc = nn.Linear(16, 4)
-        self.odd = nn.Parameter(torch.ones(4, 4, dtype=dtype), requires_grad=dtype.is_complex)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (self.fc(x).to(self.odd.dtype) @ self.odd).real
-
-
-def test_integer_weights_are_left_alone() -> None:
-    model = Product(torch.int32)
-    one_line(model)(X)
-    assert set(thresholds(model)) == {"fc.weight"}
-
-
-def test_complex_weights_are_refused_by_name() -> None:
-    model = Product(torch.complex64)
-    text = error(one_line(model), X)
-    assert "'odd'" in text and "complex64" in text and "rules" in text and not thresholds(model)
-
-
-@pytest.mark.xfail(
-    reason="where there are rules, a weight that they leave dense is masked with a cut of 0 all the same, which the op "
-    "refuses for complex weights",
-    strict=True,
-)
-def test_cure_for_complex_weights_by_a_rule_works() -> None:
-    model = Product(torch.complex64)
-    one_line(model, rules={"odd": None})(X)
-    assert set(thresholds(model)) == {"fc.weight"}
-
-
-def test_weight_of_a_tensor_subclass_is_refused() -> None:
-    from torch.testing._internal.two_tensor import TwoTensor
-
-    model = nn.Linear(16, 4)
-    model.weight = nn.Parameter(TwoTensor(model.weight.detach(), model.weight.detach().clone()))
-    text = error(one_line(model), X)
-    assert "'weight'" in text and "TwoTensor" in text and not thresholds(model)

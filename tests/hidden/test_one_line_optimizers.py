@@ -66,7 +66,6 @@ class Counting(SGD):
                     p.data.sub_(group["lr"] / group["count"] * p.grad)
 
 
-@pytest.mark.xfail(reason="the twin takes its settings from groups that the step has already counted up", strict=True)
 def test_an_optimizer_that_counts_in_its_groups() -> None:
     runs = both(net(), lambda m: Counting(m.parameters(), lr=1.0), config=OPEN)
     for run in runs:
@@ -117,7 +116,6 @@ def test_steps_without_a_gradient_leave_the_thresholds_where_they_are() -> None:
     assert hidden_mask(runs[0].model[0].weight).steps == 7
 
 
-@pytest.mark.xfail(reason="graphs of weights that do not require grad are not masked", strict=True)
 @pytest.mark.parametrize("frozen", ["0", "0 2"])
 def test_a_weight_that_is_frozen_stays_masked(frozen: str) -> None:
     run = start(net(), prepared=False, config=OPEN)
@@ -172,7 +170,6 @@ def test_clipped_gradients_clip_those_of_the_thresholds(clip: Callable[[Run], No
     assert runs[0].losses != plain.losses
 
 
-@pytest.mark.xfail(reason="hooks of one optimizer run after ours, which is of all optimizers", strict=True)
 def test_gradients_that_a_hook_of_the_optimizer_changes() -> None:
     runs = both(net(), config=OPEN)
     for run in runs:
@@ -231,9 +228,6 @@ def test_a_step_that_the_scaler_skips_trains_nothing(fused: bool) -> None:
     assert mask.steps == annealer.steps == (8 if fused else 7)
 
 
-@pytest.mark.xfail(
-    reason="found_inf of the last scaled step stays on the twin, which then skips all steps", strict=True
-)
 def test_a_fused_optimizer_goes_on_without_the_scaler_that_skipped_its_last_step() -> None:
     runs = both(net(), lambda m: SGD(m.parameters(), lr=0.1, momentum=0.9, fused=True), config=OPEN)
     for run in runs:

@@ -61,7 +61,8 @@ def test_two_optimizers_each_steer_their_own_weights() -> None:
     one = start(model, prepared=False)
     step_all(one, by_layer(model), 20)
     step_all(prepared, own, 20)
-    assert_same(one, prepared)
+    # One alpha for the whole model: the first optimizer to step moves it on for the layers whose backward comes later.
+    assert one.losses == pytest.approx(prepared.losses, rel=0.05)
     assert all(layer.sparsity == pytest.approx(0.8, abs=0.01) for layer in autosparse_fx.report(model).layers)
 
 
@@ -84,7 +85,6 @@ def test_a_group_that_is_added_in_the_middle_is_trained_from_then_on() -> None:
     assert float(autosparse_fx.thresholds(model)["2.weight"]) != -2.5
 
 
-@pytest.mark.xfail(reason="alpha of a weight is that of the start until its optimizer first steps", strict=True)
 def test_a_group_that_is_added_in_the_middle_has_the_alpha_of_the_others_at_once() -> None:
     run = start(net(), lambda m: SGD(m[0].parameters(), lr=0.1), prepared=False)
     run.steps(10)
@@ -118,19 +118,15 @@ def test_optimizer_in_backward() -> None:
     for _ in range(20):
         one.backward()
     step_all(prepared, own, 20)
-    assert_same(one, prepared)
+    # One alpha for the whole model: the first optimizer to step moves it on for the layers whose backward comes later.
+    assert one.losses == pytest.approx(prepared.losses, rel=0.05)
     assert all(layer.sparsity == pytest.approx(0.8, abs=0.01) for layer in autosparse_fx.report(model).layers)
 
 
 @pytest.mark.parametrize(
     "kinds",
     [
-        pytest.param(
-            (SGD, AdamW),
-            marks=pytest.mark.xfail(
-                reason="the twin of the new optimizer is given the state of the old one", raises=KeyError, strict=True
-            ),
-        ),
+        (SGD, AdamW),
         (AdamW, SGD),
         (SGD, SGD),
     ],
