@@ -6,6 +6,7 @@ Slow (a walk over all live objects), and used once per compiled graph at most.
 import gc
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
@@ -100,7 +101,7 @@ class _Ancestry:
         return module._compiled_call_impl is not None or any("_orig_mod" in parent._modules for parent in parents)
 
 
-def _live_objects() -> list[object]:
+def _live_objects() -> list[Any]:
     """What the garbage collector tracks, and what ``gc.freeze()`` has hidden from it."""
     if gc.get_freeze_count() == 0:
         return gc.get_objects()

@@ -2,6 +2,7 @@
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -100,7 +101,7 @@ def _insert_mask(gm: GraphModule, weight: Node, state: tuple[Node, Node, Node], 
         for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
             if key in before.meta:
                 node.meta[key] = before.meta[key]
-        args = [arg.meta["example_value"] if isinstance(arg, Node) else arg for arg in node.args]
+        args: list[Any] = [a.meta["example_value"] if isinstance(a, Node) else a for a in node.args]
         with torch.no_grad():
             value = args[0].view(*args[1:]) if node.op == "call_method" else node.target(*args)  # type: ignore[operator]
         node.meta["example_value"] = value
