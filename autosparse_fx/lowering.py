@@ -13,6 +13,7 @@ from autosparse_fx.ops import broadcast_dims
 
 aten = torch.ops.aten
 prims = torch.ops.prims
+ROWS = 64  # fewer would leave most of a GPU idle
 
 
 def _call(op: Any, *args: Any, **kwargs: Any) -> Any:
@@ -45,12 +46,19 @@ def _anneal_gradient(grad: Any, weight: Any, threshold: Any, alpha: Any) -> tupl
     kept = _call(aten.gt.Tensor, _call(aten.abs.default, w), cut)
     annealed = _call(aten.where.self, kept, grad, _call(aten.mul.Tensor, _cast(alpha, dtype), grad))
     d_weight = _cast(annealed, weight.get_dtype())
-    if d_weight is annealed and weight.get_device().type == "cpu":
+    on_cpu = weight.get_device().type == "cpu"
+    if d_weight is annealed and on_cpu:
         annealed.realize()  # the sum then takes it in the loop that makes it, instead of making it in a loop of its own
 
     shape = threshold.get_size()
     dims, lacking = broadcast_dims(tuple(weight.get_size()), tuple(shape))
     total = _call(aten.mul.Tensor, annealed, _call(aten.sign.default, w))
+    if not on_cpu and len(dims) > 1 and dims[0] == 0 and int(w.get_size()[0]) >= ROWS:
+        # Row by row first. Inductor splits one long sum into chunks, and only chunks that are whole rows share a kernel
+        # with the annealed gradient; otherwise gradient and weight are read twice.
+        total = _call(aten.sum.dim_IntList, total, dims[1:], True)
+        total.realize()
+        dims = dims[:1]
     if dims:
         total = _call(aten.sum.dim_IntList, total, dims, True)
     if lacking:

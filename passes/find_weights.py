@@ -49,6 +49,10 @@ _LAYERS: dict[Any, dict[int, str]] = {
         19: "k_proj_weight",
         20: "v_proj_weight",
     },
+    **{
+        cell: {2: "w_ih", 3: "w_hh"}
+        for cell in (torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell)
+    },
     torch._native_multi_head_attention: {5: "qkv_weight", 7: "proj_weight"},
     torch._transformer_encoder_layer_fwd: {3: "qkv_weight", 5: "proj_weight", 14: "ffn_weight_1", 16: "ffn_weight_2"},
 }

@@ -31,6 +31,7 @@ _CHEAP = frozenset(
         operator.getitem,
     }
 )
+_LOGIT = frozenset({aten.mul.Tensor, aten.add.Tensor, aten.view.default, aten.reshape.default})
 
 
 def tag_recompute(gm: GraphModule) -> int:
@@ -38,13 +39,15 @@ def tag_recompute(gm: GraphModule) -> int:
 
     The partitioner then saves the weight and the threshold, which exist anyway, and neither the masked weight nor its
     low-precision copy. Without the tags it saves one masked copy of every weight, because a matrix multiplication of
-    the backward pass reads it.
+    the backward pass reads it. The few operations that make the logit are tagged as well, and fold into the kernel of
+    the mask; saved, they would take a kernel of their own.
 
     Returns:
         The number of nodes that were tagged.
     """
     tagged = 0
-    pending = [node for node in gm.graph.nodes if node.target is MASK]
+    masks = [node for node in gm.graph.nodes if node.target is MASK]
+    pending = masks + [node for mask in masks for node in _logit(mask)]
     seen: set[Node] = set()
     while pending:
         node = pending.pop()
@@ -54,8 +57,21 @@ def tag_recompute(gm: GraphModule) -> int:
         if "recompute" not in node.meta:  # a user's own checkpoint policy goes first
             node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
             tagged += 1
-        pending.extend(user for user in node.users if is_between_mask_and_use(user))
+        if node.target not in _LOGIT:
+            pending.extend(user for user in node.users if is_between_mask_and_use(user))
     return tagged
+
+
+def _logit(mask: Node) -> list[Node]:
+    """What computes ``offset + scale * threshold``, from the mask back to the parameters."""
+    found: list[Node] = []
+    pending = [mask.args[1]]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, Node) and node.target in _LOGIT:
+            found.append(node)
+            pending.extend(node.all_input_nodes)
+    return found
 
 
 def is_between_mask_and_use(node: Node) -> bool:

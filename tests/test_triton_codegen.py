@@ -34,32 +34,15 @@ import autosparse_fx
 from autosparse_fx import AutoSparse
 from autosparse_fx.ops import threshold_mask
 
-needs_triton = pytest.mark.skipif(
-    torch.version.cuda is None or not torch.utils._triton.has_triton_package(),
-    reason="no CUDA build of torch, or no triton",
-)
 CUDA = torch.device("cuda", 0)
-SM90 = types.SimpleNamespace(
-    name="fake sm_90",
-    major=9,
-    minor=0,
-    gcnArchName="",
-    warp_size=32,
-    multi_processor_count=132,
-    max_threads_per_block=1024,
-    max_threads_per_multi_processor=2048,
-    regs_per_multiprocessor=2**16,
-    shared_memory_per_block=48 * 2**10,
-    shared_memory_per_block_optin=227 * 2**10,
-    total_memory=2**37,
-    L2_cache_size=50 * 2**20,
-)
+SM90 = types.SimpleNamespace(name="fake sm_90", major=9, minor=0, gcnArchName="", warp_size=32, total_memory=2**37)
+SM90.multi_processor_count, SM90.regs_per_multiprocessor, SM90.L2_cache_size = 132, 2**16, 50 * 2**20
+SM90.max_threads_per_block, SM90.max_threads_per_multi_processor = 1024, 2048
+SM90.shared_memory_per_block, SM90.shared_memory_per_block_optin = 48 * 2**10, 227 * 2**10
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """A tensor of the generated code. Two of one graph differ by ``name``."""
-
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -88,9 +71,8 @@ class Code:
 
     @functools.cached_property
     def kernels(self) -> list[Kernel]:
-        bodies = dict(
-            re.findall(r"^(triton_\w+) = async_compile\.triton\('\w+', '''(.*?)'''", self.source, re.S | re.M)
-        )
+        definition = r"^(triton_\w+) = async_compile\.triton\('\w+', '''(.*?)'''"
+        bodies = dict(re.findall(definition, self.source, re.S | re.M))
         assert len(bodies) == self.source.count("@triton.jit")
         kernels = []
         for name, arguments in re.findall(r"^ +(triton_\w+)\.run\((.*), stream=\w+\)$", self.source, re.M):
@@ -112,9 +94,7 @@ class Code:
 
     @property
     def calls_of_our_operators(self) -> list[str]:
-        return [
-            line for line in self.source.splitlines() if "autosparse." in line and not line.lstrip().startswith("#")
-        ]
+        return re.findall(r"^(?!\s*#).*autosparse\..*$", self.source, re.M)
 
 
 def on_cuda(t: Tensor) -> Tensor:
@@ -134,6 +114,8 @@ def without_caches() -> None:
 @pytest.fixture
 def sm90_codes(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Appends the CUDA code of every graph that Inductor is given; the graph itself then runs as it is, on the CPU."""
+    if torch.version.cuda is None or not torch.utils._triton.has_triton_package():
+        pytest.skip("no CUDA build of torch, or no triton")
     codes: list[Code] = []
     compile_fx_inner = inductor.compile_fx_inner
 
@@ -180,30 +162,55 @@ def sm90_codes(monkeypatch: pytest.MonkeyPatch) -> Any:
     without_caches()
 
 
-LINEAR, CONV = (4096, 1024), (256, 128, 3, 3)
-WEIGHTS = [
-    pytest.param(LINEAR, torch.contiguous_format, id="linear"),
-    pytest.param(CONV, torch.channels_last, id="conv channels_last"),
-    pytest.param(CONV, torch.contiguous_format, id="conv"),
-]
+LINEAR, CONV, CHANNELS_LAST = (4096, 1024), (256, 128, 3, 3), torch.channels_last
+# The shape of a weight, its memory format, and whether it is used in bfloat16.
+CASES = {
+    "linear": (LINEAR, torch.contiguous_format, False),
+    "linear bfloat16": (LINEAR, torch.contiguous_format, True),
+    "linear 768": ((512, 768), torch.contiguous_format, False),
+    "conv": (CONV, torch.contiguous_format, False),
+    "conv bfloat16": (CONV, torch.contiguous_format, True),
+    "conv channels_last": (CONV, CHANNELS_LAST, False),
+    "conv channels_last bfloat16": (CONV, CHANNELS_LAST, True),
+}
+# Without those for the backward pass: fake convolutions have other strides in bfloat16 than cuDNN gives them.
+BACKWARD = [name for name in CASES if name not in ("conv bfloat16", "conv channels_last bfloat16")]
+
+TWO_PASSES = (
+    "the partial sums and the gradient of the weight are two kernels, each over the gradient and the weight: Inductor "
+    "fuses its split sum with a pointwise kernel only if every chunk (here 8192) is a number of whole rows"
+)
+IS_2_11 = torch.__version__ < "2.12"  # which fuses neither where they are
 
 
-def layer(shape: tuple[int, ...], memory_format: torch.memory_format, granularity: str = "layer") -> nn.Module:
+def cases(names: list[str], expected_to_fail: str = "", because: str = "") -> pytest.MarkDecorator:
+    marks = pytest.mark.xfail(strict=True, raises=AssertionError, reason=because)
+    return pytest.mark.parametrize(
+        "case",
+        [pytest.param(CASES[n], id=n, marks=marks if re.fullmatch(expected_to_fail, n) else ()) for n in names],
+    )
+
+
+def step(case: Any, granularity: str = "layer", *, trains: bool = True, input_gradient: bool = False) -> None:
+    """One forward and backward pass of a layer under our backend."""
+    shape, _, bf16 = case
+    x = torch.randn(8, shape[1], *[5 for _ in shape[2:]], requires_grad=input_gradient)
+    model = layer(case, granularity)
+    model[0].weight_threshold.requires_grad_(trains)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        out = torch.compile(model, backend="autosparse", fullgraph=True)(x)
+    out.float().square().sum().backward()
+
+
+def layer(case: Any, granularity: str = "layer") -> Any:
+    shape, memory_format, _ = case
     made = nn.Linear(*shape[::-1], bias=False) if len(shape) == 2 else nn.Conv2d(*shape[1::-1], 3, bias=False)
     assert made.weight.shape == shape
     config = AutoSparse(target_sparsity=None, threshold_init=-2.5, granularity=granularity)
     return autosparse_fx.sparsify(nn.Sequential(made), config).to(memory_format=memory_format)
 
 
-def step(model: nn.Module, shape: tuple[int, ...], *, bf16: bool = False, input_gradient: bool = False) -> None:
-    """One forward and backward pass under our backend."""
-    x = torch.randn(8, shape[1], *[5 for _ in shape[2:]], requires_grad=input_gradient)
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        out = torch.compile(model, backend="autosparse", fullgraph=True)(x)
-    out.float().square().sum().backward()
-
-
-def the_only(found: list[Any]) -> Any:
+def the_only(found: Any) -> Any:
     assert len(found) == 1, found
     return found[0]
 
@@ -229,142 +236,81 @@ def annealing_kernel(backward: Code, shape: tuple[int, ...]) -> tuple[Kernel, li
     return kernel, [b for b in kernel.stores if b.shape != shape]
 
 
-@needs_triton
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize(
-    ("shape", "memory_format"),
-    [
-        *WEIGHTS[:2],
-        pytest.param(
-            *WEIGHTS[2].values,
-            id="conv",
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="Inductor's layout optimization has the kernel store a channels_last copy of the dense weight "
-                "too, which it then keeps for the backward pass instead of the parameter",
-            ),
-        ),
-    ],
+@cases(
+    list(CASES),
+    "conv( bfloat16)?",
+    "Inductor's layout optimization has the kernel store a channels_last copy of the dense weight as well, which is "
+    "kept for the backward pass in place of the parameter",
 )
-def test_forward_is_one_pointwise_kernel_that_casts_too(
-    sm90_codes: list[Code], shape: tuple[int, ...], memory_format: torch.memory_format, bf16: bool
-) -> None:
-    step(layer(shape, memory_format), shape, bf16=bf16)
+def test_forward_is_one_pointwise_kernel_that_casts_too(sm90_codes: list[Code], case: Any) -> None:
+    step(case)
     forward, _ = sm90_codes
     assert_fuses_and_keeps_no_mask(sm90_codes)
+    shape, _, bf16 = case
     weight = the_only(forward.inputs(shape))
     kernel = the_only(forward.that_load(weight))
     assert not kernel.reduces
-    logit = the_only([b for b in kernel.loads if b != weight])
-    assert logit.shape == (1,)
-    masked = the_only(list(kernel.stores))
-    assert masked.shape == shape and masked.dtype == (torch.bfloat16 if bf16 else torch.float32)
-    # The logit, offset + scale * threshold, is computed for the backward pass too, and by a launch of its own.
-    assert [k.stores for k in forward.kernels if logit in k.stores] == [(logit,)]
+    threshold, offset = (b for b in kernel.loads if b != weight)  # the logit is computed in the same kernel
+    assert threshold.is_input and offset.is_input and threshold.shape == offset.shape == (1,)
     assert not forward.that_load(*forward.inputs(()))  # alpha
+    masked = the_only(kernel.stores)
+    assert masked.shape == shape and masked.dtype == (torch.bfloat16 if bf16 else torch.float32)
+    assert not [stored for k in forward.kernels for stored in k.stores if stored.shape == (1,)]
 
 
-@needs_triton
-@pytest.mark.parametrize("granularity", ["layer", "channel"])
-@pytest.mark.parametrize("bf16", [False, True])
-def test_backward_of_a_linear_layer_has_no_other_kernels(sm90_codes: list[Code], granularity: str, bf16: bool) -> None:
-    step(layer(LINEAR, torch.contiguous_format, granularity), LINEAR, bf16=bf16)
+@cases(BACKWARD)
+def test_backward_of_a_layer_threshold_is_one_pass_and_a_tiny_sum(sm90_codes: list[Code], case: Any) -> None:
+    step(case)
     _, backward = sm90_codes
     assert_fuses_and_keeps_no_mask(sm90_codes)
-    kernel, _ = annealing_kernel(backward, LINEAR)
-    assert kernel.reduces
-    assert backward.kernels[0] == kernel
-    assert len(backward.kernels) == (2 if granularity == "layer" else 1)
-
-
-@needs_triton
-def test_backward_recomputes_the_mask_in_the_same_pass(sm90_codes: list[Code]) -> None:
-    step(layer(LINEAR, torch.contiguous_format), LINEAR, bf16=True, input_gradient=True)
-    _, backward = sm90_codes
-    weight = the_only(backward.inputs(LINEAR))
-    kernel = the_only(backward.that_load(weight))
-    assert sorted(str(b.dtype) for b in kernel.stores if b.shape == LINEAR) == ["torch.bfloat16", "torch.float32"]
-
-
-# In float32: fake convolutions choose other strides in bfloat16 than cuDNN would.
-@needs_triton
-@pytest.mark.parametrize(
-    ("shape", "memory_format"),
-    [
-        WEIGHTS[0],
-        *(
-            pytest.param(
-                *case.values,
-                id=case.id,
-                marks=pytest.mark.xfail(
-                    strict=True,
-                    reason="the partial sums and the gradient of the weight are two passes: the 36 * 8192 of the split "
-                    "sum are no multiple of the kernel's 9, and Inductor does not see that both read the same",
-                ),
-            )
-            for case in WEIGHTS[1:]
-        ),
-    ],
-)
-def test_backward_of_a_layer_threshold_is_one_pass_and_a_tiny_sum(
-    sm90_codes: list[Code], shape: tuple[int, ...], memory_format: torch.memory_format
-) -> None:
-    step(layer(shape, memory_format), shape)
-    _, backward = sm90_codes
-    assert_fuses_and_keeps_no_mask(sm90_codes)
-    _, others = annealing_kernel(backward, shape)
+    kernel, others = annealing_kernel(backward, case[0])
     partial = the_only(others)
-    count = torch.Size(partial.shape).numel()
-    assert 1 < count <= 4096
-    sums: Kernel = the_only(backward.that_load(partial))
-    assert sums.reduces
-    assert {b.shape for b in sums.loads} <= {partial.shape, (1,)}
-    assert [b.shape for b in sums.stores] == [(1,)]
+    assert kernel.reduces and 1 < torch.Size(partial.shape).numel() <= 4096
+    tiny = the_only(backward.that_load(partial))
+    assert tiny.reduces
+    assert {b.shape for b in tiny.loads} <= {partial.shape, (1,)}
+    assert [b.shape for b in tiny.stores] == [(1,)]
+    assert [k for k in backward.kernels if k.reduces] == [kernel, tiny]
+    if len(case[0]) == 2:  # convolutions read a masked weight and rearrange their gradient
+        assert len(backward.kernels) == 2
 
 
-@needs_triton
-@pytest.mark.parametrize(("shape", "memory_format"), WEIGHTS)
-def test_backward_of_channel_thresholds_is_one_kernel(
-    sm90_codes: list[Code], shape: tuple[int, ...], memory_format: torch.memory_format
+@pytest.mark.parametrize(("granularity", "trains"), [("channel", True), ("channel", False), ("layer", False)])
+@cases(BACKWARD)
+def test_backward_without_a_sum_over_everything_is_one_kernel(
+    sm90_codes: list[Code], case: Any, granularity: str, trains: bool
 ) -> None:
-    step(layer(shape, memory_format, "channel"), shape)
+    """That of thresholds per channel, and where thresholds are not trained: that one sums nothing."""
+    step(case, granularity, trains=trains)
     _, backward = sm90_codes
     assert_fuses_and_keeps_no_mask(sm90_codes)
-    kernel, others = annealing_kernel(backward, shape)
-    d_threshold = the_only(others)
-    assert kernel.reduces and d_threshold.shape == shape[:1]
-    assert not backward.that_load(d_threshold)
-    assert [k for k in backward.kernels if k.reduces] == [kernel]
+    kernel, others = annealing_kernel(backward, case[0])
+    assert [b.shape for b in others] == ([case[0][:1]] if trains else [])
+    assert [k for k in backward.kernels if k.reduces] == ([kernel] if trains else [])
+    assert not backward.that_load(*others)
+    if len(case[0]) == 2:
+        assert len(backward.kernels) == 1
 
 
-@needs_triton
-@pytest.mark.parametrize("granularity", ["layer", "channel"])
-@pytest.mark.parametrize(("shape", "memory_format"), WEIGHTS)
-def test_without_a_threshold_gradient_nothing_is_summed(
-    sm90_codes: list[Code], shape: tuple[int, ...], memory_format: torch.memory_format, granularity: str
-) -> None:
-    model = layer(shape, memory_format, granularity)
-    model[0].weight_threshold.requires_grad_(False)
-    step(model, shape)
+@pytest.mark.xfail(IS_2_11, strict=True, raises=AssertionError, reason=TWO_PASSES)
+def test_backward_recomputes_the_mask_in_the_same_pass(sm90_codes: list[Code]) -> None:
+    step(CASES["linear bfloat16"], input_gradient=True)
     _, backward = sm90_codes
-    assert_fuses_and_keeps_no_mask(sm90_codes)
-    _, others = annealing_kernel(backward, shape)
-    assert not others
-    assert not any(k.reduces for k in backward.kernels)
+    kernel = the_only(backward.that_load(the_only(backward.inputs(LINEAR))))
+    assert {b.dtype for b in kernel.stores if b.shape == LINEAR} == {torch.bfloat16, torch.float32}
 
 
-@needs_triton
 def test_a_fallback_would_be_seen(sm90_codes: list[Code], monkeypatch: pytest.MonkeyPatch) -> None:
-    step(layer(LINEAR, torch.contiguous_format), LINEAR)
+    step(CASES["linear"])
     assert not any(code.calls_of_our_operators for code in sm90_codes)
     torch._dynamo.reset()
     for op in (torch.ops.autosparse.threshold_mask.default, torch.ops.autosparse.anneal_gradient.default):
         monkeypatch.delitem(lowerings, op)
-    step(layer(LINEAR, torch.contiguous_format), LINEAR)
-    assert [len(code.calls_of_our_operators) for code in sm90_codes[2:]] == [1, 1]
+    step(CASES["linear"])
+    forward, backward = (code.calls_of_our_operators for code in sm90_codes[2:])
+    assert "threshold_mask.default(" in forward[0] and "anneal_gradient.default(" in backward[0]
 
 
-@needs_triton
 @pytest.mark.skipif(
     not hasattr(inductor_config, "combo_kernel_peak_memory_pct_threshold"),
     reason="this torch has no combo_kernel_peak_memory_pct_threshold",
@@ -377,14 +323,17 @@ def test_combo_kernels_merge_the_masks_of_several_layers(sm90_codes: list[Code])
 
     weights = [torch.randn(256, 256) for _ in range(4)]
     s, alpha, x = torch.tensor([-2.5]), torch.tensor(0.5), torch.randn(8, 256)
-    merge = {"combo_kernels": True, "combo_kernel_peak_memory_pct_threshold": None}
-    for options in ({}, merge):
+    for options in ({}, {"combo_kernels": True, "combo_kernel_peak_memory_pct_threshold": None}):
         torch._dynamo.reset()
         torch.compile(model, backend="autosparse", options=options)(x)
+    assert_fuses_and_keeps_no_mask(sm90_codes)
     apart, merged = sm90_codes
     assert len(apart.that_load(*apart.inputs((256, 256)))) == len(apart.kernels) == 4
-    assert len(merged.that_load(*merged.inputs((256, 256)))) == len(merged.kernels) == 1
-    assert_fuses_and_keeps_no_mask(sm90_codes)
+    kernel = the_only(merged.kernels)
+    assert set(merged.inputs((256, 256))) <= set(kernel.loads) and len(kernel.stores) == 4
+
+
+RTOL = 1e-4  # of losses
 
 
 class Both(nn.Module):
@@ -412,10 +361,9 @@ def train_on_cuda(mode: str | None, alphas: list[float]) -> tuple[list[float], d
         optimizer.zero_grad()
         with torch.no_grad():
             model.conv._buffers["autosparse_alpha"].fill_(alpha)
-            for name, buffer in model.named_buffers():
-                if name.endswith("_offset"):
-                    buffer.add_(0.05)
-        loss = call(x).square().sum()
+            for offset in (model.conv.weight_offset, model.fc.weight_offset):
+                offset.add_(0.05)
+        loss = (call(x) - 1).square().sum() / 16
         loss.backward()
         gradients = gradients or {name: p.grad.clone() for name, p in model.named_parameters()}
         optimizer.step()
@@ -431,23 +379,20 @@ def test_on_a_gpu_it_equals_eager_with_and_without_cuda_graphs(monkeypatch: pyte
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     alphas = [1.0, 0.8, 0.6, 0.4, 0.3, 0.2, 0.1, 0.0]
     losses, gradients = train_on_cuda(None, alphas)
-    assert len(set(losses)) == len(alphas)
     counters.clear()
     for mode in ("default", "reduce-overhead"):
         seen, seen_gradients = train_on_cuda(mode, alphas)
-        torch.testing.assert_close(seen, losses, rtol=1e-3, atol=1e-5, msg=lambda m, mode=mode: f"{mode}: {m}")
-        torch.testing.assert_close(seen_gradients, gradients, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(seen, losses, rtol=RTOL, atol=0, msg=lambda m, mode=mode: f"{mode}: {m}")
+        torch.testing.assert_close(seen_gradients, gradients, rtol=1e-3, atol=1e-5)
     assert counters["inductor"]["cudagraph_skips"] == 0
     assert get_manager(torch.cuda.current_device(), create_if_none_exists=False) is not None
-    constant, _ = train_on_cuda("reduce-overhead", [alphas[0]] * len(alphas))
-    assert abs(constant[-1] - losses[-1]) > 2e-3 * abs(losses[-1])  # so that a frozen alpha would have been seen
+    frozen, _ = train_on_cuda("default", alphas[:1] * len(alphas))  # what a replay that missed alpha would give
+    assert abs(frozen[-1] - losses[-1]) > 10 * RTOL * losses[-1]
 
     torch._dynamo.reset()
-    model = layer(LINEAR, torch.contiguous_format).cuda()
+    model, x = layer(CASES["linear"]).cuda(), torch.randn(8, LINEAR[1]).cuda()
     compiled = torch.compile(model, backend="autosparse", fullgraph=True)
-    x = torch.randn(8, LINEAR[1]).cuda()
     _, sources = run_and_get_code(lambda: compiled(x).square().sum().backward())
-    launched = [re.findall(r"(triton_\w+)\.run\(", source) for source in sources]
-    assert len(launched) == 2
-    assert len([name for name in launched[0] if "threshold_mask" in name]) == 1
-    assert len([name for name in launched[1] if "anneal_gradient" in name]) == 2
+    forward, backward = (re.findall(r"(triton_\w+)\.run\(", source) for source in sources)
+    assert sum("threshold_mask" in name for name in forward) == 1
+    assert 1 <= sum("anneal_gradient" in name for name in backward) <= (3 if IS_2_11 else 2)

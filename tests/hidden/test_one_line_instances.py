@@ -81,7 +81,7 @@ def test_module_compiled_in_place(make: Callable[[], nn.Module]) -> None:
     assert set(thresholds(model)) == {"0.weight", "2.weight", "4.weight"}
 
 
-@pytest.mark.parametrize("whole_step", [False, True], ids=["forward and loss", "with backward and optimizer"])
+@pytest.mark.parametrize("whole_step", [False, True], ids=["forward", "whole step"])
 def test_compiled_function_that_closes_over_the_model(whole_step: bool) -> None:
     model = reference.mlp()
     twin = sparsify(copy.deepcopy(model))

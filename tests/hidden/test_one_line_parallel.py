@@ -126,15 +126,8 @@ def assert_equal_to_one_process(trained: list[dict[str, Any]], kind: str) -> Non
     assert first["layers"][3] == pytest.approx(0.5, abs=0.01)  # by the rule, which says "head.weight"
 
 
-SPLIT = pytest.mark.xfail(
-    reason="DDPOptimizer hands fake tensors to the backend as the example inputs of each bucket, and example_state() "
-    "takes them for weights: 'weight is a FakeTensor, which options= cannot make sparse'",
-    strict=True,
-)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=SPLIT) if "buckets" in k else k for k in WRAPPED])
+@pytest.mark.parametrize("kind", list(WRAPPED))
 def test_two_processes_train_what_one_does(trained: list[dict[str, Any]], kind: str) -> None:
     assert_equal_to_one_process(trained, kind)
 
