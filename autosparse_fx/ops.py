@@ -79,7 +79,7 @@ def _compute_dtype(weight: Tensor) -> torch.dtype:
 
 
 def threshold_mask_decomposition(weight: Tensor, threshold: Tensor, alpha: Tensor) -> Tensor:
-    """``threshold_mask`` in ATen: the eager kernel, the fake kernel, and the decomposition for export and DTensor."""
+    """``threshold_mask`` in ATen: the fake kernel, and the decomposition for export and DTensor."""
     _check(weight, threshold)
     dtype = _compute_dtype(weight)
     w = weight.to(dtype)
@@ -152,11 +152,40 @@ def _anneal_gradient_backward(ctx, grad_dw, grad_ds):  # type: ignore[no-untyped
     return grad_grad.to(grad.dtype), None, grad_threshold.to(threshold.dtype), None
 
 
-for _name, _decomposition in (
-    ("threshold_mask", threshold_mask_decomposition),
-    ("anneal_gradient", anneal_gradient_decomposition),
-):
-    _library.impl(_name, _decomposition, "CompositeExplicitAutograd")
+def signed_sum(grad: Tensor, sign: Tensor) -> Tensor:
+    """Return the sum over ``grad * sign``, of shape ``[1]``, without a temporary tensor; both have the same strides."""
+    order = sorted(range(sign.dim()), key=lambda d: sign.stride()[d], reverse=True)  # memory order: flat is a view
+    return torch.dot(grad.permute(order).reshape(-1), sign.permute(order).reshape(-1)).reshape(1)
+
+
+def _threshold_mask_kernel(weight: Tensor, threshold: Tensor, alpha: Tensor) -> Tensor:
+    """The decomposition with one temporary tensor less: in eager mode memory is what it costs."""
+    _check(weight, threshold)
+    w = weight.to(_compute_dtype(weight))
+    cut = torch.sigmoid(threshold.to(w.dtype))
+    clamped = torch.clamp(w, -cut, cut)
+    return torch.sub(w, clamped, out=clamped).to(weight.dtype)
+
+
+def _anneal_gradient_kernel(grad: Tensor, weight: Tensor, threshold: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """The decomposition with half its temporary tensors."""
+    if grad.stride() != weight.stride():
+        return anneal_gradient_decomposition(grad, weight, threshold, alpha)
+    _check(weight, threshold)
+    w = weight.to(_compute_dtype(weight))
+    grad = grad.to(w.dtype)
+    cut = torch.sigmoid(threshold.to(w.dtype))
+    scratch = w.abs()
+    kept = scratch > cut
+    annealed = torch.mul(grad, alpha.to(w.dtype))
+    torch.where(kept, grad, annealed, out=annealed)
+    torch.sign(w, out=scratch)
+    total = signed_sum(annealed, scratch) if threshold.shape == (1,) else _sum_to(scratch.mul_(annealed), threshold)
+    return annealed.to(weight.dtype), (-cut * (1 - cut) * total).to(threshold.dtype)
+
+
+_library.impl("threshold_mask", _threshold_mask_kernel, "CompositeExplicitAutograd")
+_library.impl("anneal_gradient", _anneal_gradient_kernel, "CompositeExplicitAutograd")
 
 
 def _fake(decomposition):  # type: ignore[no-untyped-def]

@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from autosparse_fx.annealing import GradientAnnealing
 from autosparse_fx.hidden import masks
 from autosparse_fx.hidden.masks import HiddenMask, Request
-from autosparse_fx.ops import broadcast_dims
+from autosparse_fx.ops import broadcast_dims, signed_sum
 
 _Held = tuple[nn.Parameter, HiddenMask]
 _CURE = "prepare the model with model = autosparse_fx.sparsify(model) before making the optimizer"
@@ -152,8 +152,7 @@ def _threshold_gradient(weight: Tensor, grad: Tensor, mask: HiddenMask) -> Tenso
     sign, grad = torch.sign(weight).to(dtype), grad.to(dtype)
     s = mask.offset + mask.plan.config.threshold_scale * mask.threshold
     if s.shape[0] == 1:
-        order = sorted(range(sign.dim()), key=lambda d: sign.stride()[d], reverse=True)
-        total = torch.dot(sign.permute(order).reshape(-1), grad.permute(order).reshape(-1)).reshape(1)
+        total = signed_sum(grad, sign)
     else:
         shape = tuple(-1 if d == mask.axis else 1 for d in range(sign.dim()))
         dims, _ = broadcast_dims(tuple(sign.shape), tuple(s.view(shape).shape))
