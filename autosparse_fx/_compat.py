@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor as FakeTensor  # what Dynamo traces with. 2.11-2.15.
 from torch.autograd.grad_mode import _enter_inference_mode, _exit_inference_mode
 from torch.fx import Graph, GraphModule, Node
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 
+from autosparse_fx._compat import FakeTensor
 from autosparse_fx.capture import placeholder_parameter
 from autosparse_fx.hidden import masks
 from autosparse_fx.hidden.masks import Request
