@@ -6,8 +6,8 @@ The gradient of a threshold is read off the gradient of its weight. With ``dw = 
 
 so whatever was done to the weight's gradient holds for its threshold too: unscaling, clipping, accumulation, averaging
 over processes, a batch that was thrown away by ``zero_grad``. It costs one pass over weights and gradients, about half
-of what the step of SGD with momentum costs. The thresholds then take a step of a second optimizer, of the same class and with the
-same settings as the group that holds their weight, as they would as parameters of a prepared model.
+of what the step of SGD with momentum costs. The thresholds then take a step of a second optimizer, of the same class
+and with the same settings as the group that holds their weight, as they would as parameters of a prepared model.
 """
 
 import weakref
