@@ -69,9 +69,6 @@ def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
         )
     if not state:
         raise ValueError("the state is empty: save what autosparse_fx.state_dict(model) returns")
-    missing = [name for name, _, _ in masks.hidden_masks(model) if _plain(name) not in state]
-    if missing:
-        raise ValueError(f"the state lacks the thresholds of '{missing[0]}' ({len(missing)} weights in all)")
     parameters = {_plain(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
     plans: list[tuple[Request, Plan]] = []
     made = []
@@ -92,6 +89,9 @@ def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
             plan = Plan(request.config, annealed_steps=entry["steps"], total_steps=request.total_steps)
             plans.append((request, plan))
         made.append((parameter, _mask(parameter, entry, rule, request, plan)))
+    missing = [name for name, _, _ in masks.hidden_masks(model) if _plain(name) not in state]
+    if missing:
+        raise ValueError(f"the state lacks the thresholds of '{missing[0]}' ({len(missing)} weights in all)")
     for parameter, mask in made:
         masks.insert(parameter, mask)
 
