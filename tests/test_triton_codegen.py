@@ -176,11 +176,7 @@ CASES = {
 # Without those for the backward pass: fake convolutions have other strides in bfloat16 than cuDNN gives them.
 BACKWARD = [name for name in CASES if name not in ("conv bfloat16", "conv channels_last bfloat16")]
 
-TWO_PASSES = (
-    "the partial sums and the gradient of the weight are two kernels, each over the gradient and the weight: Inductor "
-    "fuses its split sum with a pointwise kernel only if every chunk (here 8192) is a number of whole rows"
-)
-IS_2_11 = torch.__version__ < "2.12"  # which fuses neither where they are
+IS_2_11 = torch.__version__ < "2.12"
 
 
 def cases(names: list[str], expected_to_fail: str = "", because: str = "") -> pytest.MarkDecorator:
@@ -292,7 +288,6 @@ def test_backward_without_a_sum_over_everything_is_one_kernel(
         assert len(backward.kernels) == 1
 
 
-@pytest.mark.xfail(IS_2_11, strict=True, raises=AssertionError, reason=TWO_PASSES)
 def test_backward_recomputes_the_mask_in_the_same_pass(sm90_codes: list[Code]) -> None:
     step(CASES["linear bfloat16"], input_gradient=True)
     _, backward = sm90_codes
