@@ -5,8 +5,7 @@ The gradient of a threshold is read off the gradient of its weight. With ``dw = 
     ds = -g'(s) * sum(G * sign(w) * h) = -g'(s) * sum(sign(w) * dw)
 
 so whatever was done to the weight's gradient holds for its threshold too: unscaling, clipping, accumulation, averaging
-over processes, a batch that was thrown away by ``zero_grad``. It costs one pass over weights and gradients, about half
-of what the step of SGD with momentum costs. The thresholds then take a step of a second optimizer, of the same class
+over processes, a batch that was thrown away by ``zero_grad``. It costs one pass over weights and gradients. The thresholds then take a step of a second optimizer, of the same class
 and with the same settings as the group that holds their weight, as they would as parameters of a prepared model.
 """
 
@@ -22,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from autosparse_fx.annealing import GradientAnnealing
 from autosparse_fx.hidden import masks
 from autosparse_fx.hidden.masks import HiddenMask, Request
-from autosparse_fx.ops import broadcast_dims, signed_sum
+from autosparse_fx.ops import signed_sum
 
 _Held = tuple[nn.Parameter, HiddenMask]
 _CURE = "prepare the model with model = autosparse_fx.sparsify(model) before making the optimizer"
@@ -154,9 +153,7 @@ def _threshold_gradient(weight: Tensor, grad: Tensor, mask: HiddenMask) -> Tenso
     if s.shape[0] == 1:
         total = signed_sum(grad, sign)
     else:
-        shape = tuple(-1 if d == mask.axis else 1 for d in range(sign.dim()))
-        dims, _ = broadcast_dims(tuple(sign.shape), tuple(s.view(shape).shape))
-        total = (sign * grad).sum(dims)
+        total = (sign * grad).sum([d for d in range(sign.dim()) if d != mask.axis])
     cut = torch.sigmoid(s)
     return (-mask.plan.config.threshold_scale * cut * (1 - cut) * total).to(torch.float32)
 
