@@ -5,8 +5,9 @@ The gradient of a threshold is read off the gradient of its weight. With ``dw = 
     ds = -g'(s) * sum(G * sign(w) * h) = -g'(s) * sum(sign(w) * dw)
 
 so whatever was done to the weight's gradient holds for its threshold too: unscaling, clipping, accumulation, averaging
-over processes, a batch that was thrown away by ``zero_grad``. It costs one pass over weights and gradients. The thresholds then take a step of a second optimizer, of the same class
-and with the same settings as the group that holds their weight, as they would as parameters of a prepared model.
+over processes, a batch that was thrown away by ``zero_grad``. It costs one pass over weights and gradients. The
+thresholds then take a step of a second optimizer, of the same class and with the same settings as the group that holds
+their weight, as they would as parameters of a prepared model.
 """
 
 import weakref
