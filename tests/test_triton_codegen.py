@@ -296,6 +296,7 @@ def test_backward_recomputes_the_mask_in_the_same_pass(sm90_codes: list[Code]) -
 
 
 def test_a_fallback_would_be_seen(sm90_codes: list[Code], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CI", raising=False)  # where it is set, Inductor refuses to fall back at all
     step(CASES["linear"])
     assert not any(code.calls_of_our_operators for code in sm90_codes)
     torch._dynamo.reset()
