@@ -4,7 +4,8 @@ Versions: torch 2.11.0 (the oldest supported) and 2.15.0.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -120,6 +121,24 @@ def copy_dynamo_graph(gm: GraphModule) -> GraphModule:
     return made
 
 
+def placeholder_parameter(node: Node) -> nn.Parameter | None:
+    """The parameter behind a placeholder (or get_attr node) of a Dynamo graph, while its backend runs. 2.11-2.15."""
+    tensor = placeholder_tensor(node)
+    return tensor if isinstance(tensor, nn.Parameter) else None
+
+
+def placeholder_tensor(node: Node) -> Tensor | None:
+    """The tensor behind a placeholder (or get_attr node) of a Dynamo graph, while its backend runs. 2.11-2.15."""
+    if node.op == "get_attr":
+        owner: Any = node.graph.owning_module
+        for atom in str(node.target).split("."):
+            owner = getattr(owner, atom, None)
+        return owner if isinstance(owner, Tensor) else None
+    argument = node.meta.get("grapharg")
+    example = getattr(argument, "example", None) if argument is not None else None
+    return example if isinstance(example, Tensor) else None
+
+
 def current_compile_id() -> str:
     """Dynamo's name for the compilation that is under way, such as "0/0". 2.11-2.15."""
     return str(torch._guards.CompileContext.current_compile_id() or "")
@@ -158,11 +177,29 @@ def skip_frame(function: Callable[..., Any]) -> None:
     skip_code(function.__code__)
 
 
-def without_recompile_limit() -> Any:
-    """Within it Dynamo captures a function however often it was compiled before. 2.11-2.15."""
+def capturing_everything() -> Any:
+    """Within it Dynamo captures a function however often it was compiled before, recurrent layers too, and every new
+    shape anew. 2.11-2.15.
+    """
     import torch._dynamo
 
-    return torch._dynamo.config.patch(recompile_limit=2**31, accumulated_recompile_limit=2**31)
+    return torch._dynamo.config.patch(
+        recompile_limit=2**31, accumulated_recompile_limit=2**31, allow_rnn=True, automatic_dynamic_shapes=False
+    )
+
+
+@contextmanager
+def graph_break_reasons() -> Iterator[list[str]]:
+    """Collect why Dynamo broke a graph while this was open. 2.11-2.15."""
+    from torch._dynamo.utils import counters
+
+    reasons: list[str] = []
+    before = dict(counters["graph_break"])
+    try:
+        yield reasons
+    finally:
+        new = (reason for reason, count in counters["graph_break"].items() if count > before.get(reason, 0))
+        reasons.extend(reason.strip().splitlines()[0] for reason in new if reason.strip())
 
 
 def restore_parameter_taken_by_weight_norm(module: nn.Module, name: str) -> None:

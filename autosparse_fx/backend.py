@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 import autosparse_fx.ops  # noqa: F401  (the operators must exist before a graph that holds them is loaded)
 from autosparse_fx import _compat
-from autosparse_fx.capture import placeholder_parameter
+from autosparse_fx._compat import placeholder_parameter
 from autosparse_fx.hidden.graph import MaskedCall, mark_weights
 from autosparse_fx.hidden.masks import Request, hidden_mask, undo
 from autosparse_fx.hidden.training import hook_optimizers

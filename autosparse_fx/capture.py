@@ -1,14 +1,101 @@
 """Capture the graphs of a model on example inputs, without leaving a trace in it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from autosparse_fx import _compat
+from autosparse_fx.hidden.graph import mark_weights
+from autosparse_fx.passes import DYNAMO_PASSES
 from autosparse_fx.passes.find_weights import find_weights
+
+
+@dataclass(eq=False)
+class CapturedGraph:
+    """One Dynamo graph, and every call of it: Dynamo runs one graph for all instances of a class that look alike."""
+
+    gm: GraphModule  # a copy; the fake tensors are in node.meta["example_value"]
+    rewritten: GraphModule  # a copy, as the Dynamo passes leave it
+    calls: list[dict[str, str]] = field(default_factory=list)  # of each call: name of a node -> full name of its tensor
+
+
+@dataclass
+class Capture:
+    """The graphs of one call of a model, in the order in which they first ran."""
+
+    graphs: list[CapturedGraph] = field(default_factory=list)
+    breaks: list[str] = field(default_factory=list)  # why there is more than one
+    names: dict[sympy.Symbol, str] = field(default_factory=dict)  # what dynamic_shapes calls the symbols in the shapes
+
+
+def capture(
+    model: nn.Module,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | Tensor,
+    dynamic_shapes: Sequence[Any] | Mapping[str, Any] | None = None,
+) -> Capture:
+    """Capture what ``model`` does when it is called on ``example_inputs``, in training or eval mode as it is.
+
+    The model runs once, with gradients enabled. Its buffers and the random state are restored.
+
+    Args:
+        model: any module; recurrent layers are captured too.
+        example_inputs: the arguments of one call: a tensor, a tuple, or a dict of keyword arguments.
+        dynamic_shapes: for each input (in a sequence, or by keyword) ``{dimension: name}`` or None, as for
+            ``torch.export``: those sizes stay symbols. Two dimensions of one name are one symbol.
+
+    Raises:
+        ValueError: if the model cannot be run on the inputs, or a dynamic dimension cannot stay a symbol.
+    """
+    found = Capture()
+    tensors = {id(t): name for name, t in [*model.named_buffers(), *model.named_parameters()]}
+    inputs, symbols = _mark_dynamic(example_inputs, dynamic_shapes)
+    fixed_sizes: list[str] = []
+
+    def backend(gm: GraphModule, _: list[Any]) -> Callable[..., Any]:
+        captured = CapturedGraph(_compat.copy_dynamo_graph(gm), _rewritten(gm))
+        found.graphs.append(captured)
+        sources = {n.name: _compat.placeholder_tensor(n) for n in gm.graph.nodes if n.op in ("placeholder", "get_attr")}
+        held = {name: tensors[id(t)] for name, t in sources.items() if id(t) in tensors}
+        placeholders = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
+        for node in captured.gm.graph.nodes:
+            tensor = sources.get(node.name)
+            for dimension, name in symbols.get(id(tensor), {}).items():
+                size = node.meta["example_value"].shape[dimension]
+                if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
+                    found.names[size.node.expr] = name
+                else:
+                    fixed_sizes.append(f"{name!r} (dimension {dimension}, {size})")
+
+        for node in [*captured.gm.graph.nodes, *captured.rewritten.graph.nodes]:
+            node.meta.pop("grapharg", None)  # which leads to the tensors themselves
+
+        def call(*args: Any) -> Any:
+            passed = {name: tensors[id(t)] for name, t in zip(placeholders, args, strict=True) if id(t) in tensors}
+            captured.calls.append(held | passed)
+            return gm.forward(*args)
+
+        return call
+
+    with _compat.graph_break_reasons() as reasons, torch.enable_grad():
+        _run(model, inputs, backend)
+    found.breaks = reasons
+    if fixed_sizes:
+        raise ValueError(
+            f"{type(model).__name__} fixes {', '.join(fixed_sizes)}, so that it cannot stay a symbol: leave it out of "
+            "dynamic_shapes"
+        )
+    if symbols and len(found.graphs) > 1:
+        raise ValueError(
+            f"dynamic_shapes need one graph, and {type(model).__name__} breaks into {len(found.graphs)} "
+            f"({'; '.join(reasons)}): remove the graph breaks, or leave dynamic_shapes out"
+        )
+    return found
 
 
 def multiplied_parameters(
@@ -21,44 +108,55 @@ def multiplied_parameters(
     """
     used: dict[int, int] = {}
 
-    def backend(gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        for node, axis in find_weights(gm, lambda n: placeholder_parameter(n) is not None).items():
-            used.setdefault(id(placeholder_parameter(node)), axis)
+    def backend(gm: GraphModule, _: list[Any]) -> Callable[..., Any]:
+        for node, axis in find_weights(gm, lambda n: _compat.placeholder_parameter(n) is not None).items():
+            used.setdefault(id(_compat.placeholder_parameter(node)), axis)
         return gm.forward
 
+    with torch.no_grad():
+        _run(model, example_inputs, backend)
+    return used
+
+
+def _rewritten(gm: GraphModule) -> GraphModule:
+    """What the backend makes of a graph of this model, before Inductor gets it."""
+    graph = _compat.copy_dynamo_graph(gm)
+    mark_weights(graph, None)
+    for graph_pass in DYNAMO_PASSES:
+        graph_pass(graph)
+    return graph
+
+
+def _run(model: nn.Module, example_inputs: Any, backend: Callable[..., Any]) -> None:
+    """Call the model under ``backend``, and put back what that changed."""
     args, kwargs = _as_call(example_inputs)
+    with _restored(model), _compat.capturing_everything():
+        try:
+            # Not the model itself: Dynamo would leave a recurrent layer alone that is called on its own.
+            torch.compile(lambda: model(*args, **kwargs), backend=backend)()
+        except Exception as error:
+            raise ValueError(
+                f"{type(model).__name__} could not be run on the example_inputs ({type(error).__name__}: {error}); "
+                "they must be the arguments of one call of the model: a tensor, a tuple, or a dict of keyword arguments"
+            ) from error
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     compiled = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl is not None}
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
         for module in compiled:  # a model compiled by Module.compile() would hide its code from ours
             module._compiled_call_impl = None
-        with torch.random.fork_rng(devices=list(devices)), torch.no_grad(), _compat.without_recompile_limit():
-            torch.compile(model, backend=backend)(*args, **kwargs)
-    except Exception as error:
-        raise ValueError(
-            f"{type(model).__name__} could not be run on the example_inputs ({type(error).__name__}: {error}); they "
-            "must be the arguments of one call of the model: a tensor, a tuple, or a dict of keyword arguments"
-        ) from error
+        with torch.random.fork_rng(devices=list(devices)):
+            yield
     finally:
         for module, implementation in compiled.items():
             module._compiled_call_impl = implementation
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
-    return used
-
-
-def placeholder_parameter(node: Node) -> nn.Parameter | None:
-    """The real parameter behind a placeholder (or get_attr node) of a Dynamo graph, while its backend runs."""
-    if node.op == "get_attr":
-        owner: Any = node.graph.owning_module
-        for atom in str(node.target).split("."):
-            owner = getattr(owner, atom, None)
-        return owner if isinstance(owner, nn.Parameter) else None
-    argument = node.meta.get("grapharg")
-    example = getattr(argument, "example", None) if argument is not None else None
-    return example if isinstance(example, nn.Parameter) else None
 
 
 def _as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -67,3 +165,39 @@ def _as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example_inputs, (tuple, list)):
         return tuple(example_inputs), {}
     return (example_inputs,), {}
+
+
+def _mark_dynamic(example_inputs: Any, dynamic_shapes: Any) -> tuple[Any, dict[int, dict[int, str]]]:
+    """Views of the inputs with their dynamic dimensions marked, and the names of those by the id of the view."""
+    if dynamic_shapes is None:
+        return example_inputs, {}
+    args, kwargs = _as_call(example_inputs)
+    inputs: dict[Any, Any] = kwargs or dict(enumerate(args))
+    shapes = dict(dynamic_shapes) if isinstance(dynamic_shapes, Mapping) else dict(enumerate(dynamic_shapes))
+    if isinstance(dynamic_shapes, Mapping) and not kwargs and all(isinstance(key, int) for key in shapes):
+        shapes = {0: dynamic_shapes}  # of the only input
+    unknown = [key for key in shapes if key not in inputs]
+    if unknown:
+        raise ValueError(f"dynamic_shapes names the inputs {unknown}, and the example_inputs are {list(inputs)}")
+    symbols: dict[int, dict[int, str]] = {}
+    for key, names in shapes.items():
+        if not names:
+            continue
+        if not isinstance(names, Mapping) or not isinstance(inputs[key], Tensor):
+            raise ValueError(
+                f"dynamic_shapes[{key!r}] must be {{dimension: name}} for an input that is a tensor, got {names!r} for "
+                f"{type(inputs[key]).__name__}"
+            )
+        view = inputs[key].detach().requires_grad_(inputs[key].requires_grad)
+        for dimension, name in names.items():
+            if not isinstance(dimension, int) or not -view.dim() <= dimension < view.dim():
+                raise ValueError(f"dynamic_shapes[{key!r}]: {dimension!r} is no dimension of {list(view.shape)}")
+            if view.shape[dimension] < 2:
+                raise ValueError(
+                    f"dynamic_shapes[{key!r}]: {name!r} is {view.shape[dimension]} in the example_inputs, and sizes 0 "
+                    "and 1 are special to the compiler: give an example of at least 2"
+                )
+            torch._dynamo.maybe_mark_dynamic(view, dimension % view.dim())
+            symbols.setdefault(id(view), {})[dimension % view.dim()] = str(name)
+        inputs[key] = view
+    return (inputs if kwargs else tuple(inputs.values())), symbols

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from autosparse_fx._compat import FakeTensor
-from autosparse_fx.capture import placeholder_parameter
+from autosparse_fx._compat import FakeTensor, placeholder_parameter
 from autosparse_fx.hidden import masks
 from autosparse_fx.hidden.masks import Request
 from autosparse_fx.passes.find_weights import find_weights

@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
 from autosparse_fx import AutoSparse, _compat
-from autosparse_fx.capture import placeholder_parameter
+from autosparse_fx._compat import placeholder_parameter
 from autosparse_fx.hidden.graph import mark_weights
 from autosparse_fx.hidden.masks import Request
 from autosparse_fx.passes import dedupe_masks, insert_masks
