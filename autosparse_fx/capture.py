@@ -173,9 +173,13 @@ def _mark_dynamic(example_inputs: Any, dynamic_shapes: Any) -> tuple[Any, dict[i
         return example_inputs, {}
     args, kwargs = _as_call(example_inputs)
     inputs: dict[Any, Any] = kwargs or dict(enumerate(args))
-    shapes = dict(dynamic_shapes) if isinstance(dynamic_shapes, Mapping) else dict(enumerate(dynamic_shapes))
-    if isinstance(dynamic_shapes, Mapping) and not kwargs and all(isinstance(key, int) for key in shapes):
+    shapes: dict[Any, Any]
+    if not isinstance(dynamic_shapes, Mapping):
+        shapes = dict(enumerate(dynamic_shapes))
+    elif not kwargs and all(isinstance(key, int) for key in dynamic_shapes):
         shapes = {0: dynamic_shapes}  # of the only input
+    else:
+        shapes = dict(dynamic_shapes)
     unknown = [key for key in shapes if key not in inputs]
     if unknown:
         raise ValueError(f"dynamic_shapes names the inputs {unknown}, and the example_inputs are {list(inputs)}")
