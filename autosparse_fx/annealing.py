@@ -13,7 +13,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from autosparse_fx.attach import masked_modules
 from autosparse_fx.decay import annealed_alpha
-from autosparse_fx.masked import ALPHA, alpha_of, mask_state, reset_mask, stored_weight
+from autosparse_fx.history import RECORDS, History
+from autosparse_fx.masked import ALPHA, alpha_of, logit, mask_state, reset_mask, stored_weight
 from autosparse_fx.plan import Plan
 from autosparse_fx.steering import SteeredWeight, scheduled_sparsity, steer
 
@@ -38,6 +39,9 @@ class GradientAnnealing:
             step that ``GradScaler`` skips does not count, nor do the batches of gradient accumulation. (A fused
             optimizer, ``fused=True``, that ``GradScaler`` lets skip on the device does count.) Without it, call
             :meth:`step` after every ``optimizer.step()``.
+
+    Attributes:
+        history: alpha, sparsity and cuts over the training; see :class:`~autosparse_fx.history.History`.
 
     Raises:
         ValueError: if the model is not sparse, or ``total_steps`` is not positive.
@@ -82,6 +86,7 @@ class GradientAnnealing:
             if previous is not None:
                 previous.detach()
             _annealers[plan] = weakref.ref(self)
+        self.continue_history(History())
         if optimizer is not None:
             self._handle = optimizer.register_step_post_hook(self._after_optimizer_step)
         self._versions = self._weight_versions() if optimizer is None else None
@@ -126,11 +131,11 @@ class GradientAnnealing:
             self._handle.remove()
             self._handle = None
 
-    def state_dict(self) -> dict[str, int]:
-        """Return what resuming needs; thresholds and offsets are in the model's own state_dict."""
-        return {"steps": self._count, "total_steps": self.total_steps}
+    def state_dict(self) -> dict[str, Any]:
+        """Return what resuming needs, and the history; thresholds and offsets are in the model's own state_dict."""
+        return {"steps": self._count, "total_steps": self.total_steps, "history": self.history.state()}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume where :meth:`state_dict` was taken, alpha included.
 
         Raises:
@@ -145,9 +150,17 @@ class GradientAnnealing:
                 "with the same total_steps to resume"
             )
         self._count = state["steps"]
+        if "history" in state:
+            self.continue_history(History.from_state(state["history"]))
         for plan in self._plans:
             plan.annealed_steps = self._count
         self._write_alpha()
+
+    def continue_history(self, history: History) -> None:
+        """Add records to a history that was begun before."""
+        self.history = history
+        for plan in self._plans:
+            plan.history = history
 
     @torch.compiler.disable
     def _after_optimizer_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
@@ -170,6 +183,20 @@ class GradientAnnealing:
         interval = max(self._interval, self.total_steps // 100) if self._settling() else self._interval
         if self._count % interval == 0 or self._count == self.total_steps:
             self._steer()
+        if self._count == 1 or self._count % -(-self.total_steps // RECORDS) == 0 or self._count == self.total_steps:
+            self._record()
+
+    def _record(self) -> None:
+        weights = {
+            id(stored_weight(module, slot)): (
+                module._autosparse.weights[slot.name].name,
+                stored_weight(module, slot).detach(),
+                logit(module, slot).detach(),
+            )
+            for _, module in self._modules
+            for slot in module._autosparse_slots
+        }
+        self.history.add(self._count, self.alpha, list(weights.values()))
 
     def _settling(self) -> bool:
         return self._count >= self._config.alpha_end * self.total_steps

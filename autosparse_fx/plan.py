@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from autosparse_fx.config import AutoSparse
+from autosparse_fx.history import History
 
 
 class Slot(NamedTuple):
@@ -59,6 +60,7 @@ class Plan:
     warned_of_dense_checkpoint: bool = False
     annealed_steps: int = 0
     total_steps: int = 0  # where it was given with the configuration, in the one-line form
+    history: History = field(default_factory=History)
 
 
 @dataclass(eq=False)

@@ -49,26 +49,29 @@ def training_flops(
 
     Args:
         flops: the counts of the model, without free sizes.
-        steps: how many optimizer steps had been made at each record, rising; the training begins at step 0.
+        steps: how many optimizer steps had been made at each record, rising from 1 or later.
         alphas: alpha at each record.
         sparsities: of each weight by its full name, at each record.
 
     Raises:
-        ValueError: if there is no record, or the counts depend on dynamic sizes.
+        ValueError: if there is no record, steps do not rise, or the counts depend on dynamic sizes.
     """
     if not steps:
         raise ValueError("the history holds no records: train with GradientAnnealing first")
     if flops.sizes:
         raise ValueError(f"the counts depend on {', '.join(flops.sizes)}: count without dynamic_shapes")
+    if any(later <= earlier for earlier, later in zip((0, *steps), steps, strict=False)):
+        raise ValueError(f"the records of the history must be at rising steps from 1 on, got {list(steps)[:5]}")
     parts = _Parts(flops)
-    lengths = [now - before for before, now in zip((0, *steps), steps, strict=False)]
-    total = sum(lengths)
-    if total <= 0:
-        raise ValueError(f"the records of the history must be at rising steps, got {list(steps)[:5]}")
 
     def mean(cost: Callable[[Mapping[str, float], float], float]) -> float:
+        """Over all steps: those between two records cost what lies between the costs at both."""
         costs = [cost(known, alpha) for known, alpha in zip(sparsities, alphas, strict=True)]
-        return sum(length * cost for length, cost in zip(lengths, costs, strict=True)) / total
+        at, before, total = 0, costs[0], 0.0
+        for step, now in zip(steps, costs, strict=True):
+            total += (step - at) * (before + now) / 2
+            at, before = step, now
+        return total / steps[-1]
 
     final = sparsities[-1]
     dense = parts.settled({})

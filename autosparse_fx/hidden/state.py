@@ -16,7 +16,7 @@ __all__ = ["load_state_dict", "state_dict"]
 
 
 def state_dict(model: nn.Module) -> dict[str, Any]:
-    """Return thresholds, offsets, their optimizer state and the step count of a model that
+    """Return thresholds, offsets, their optimizer state, history and the step count of a model that
     ``torch.compile(..., options={...})`` is making sparse.
 
     Save it beside ``model.state_dict()`` and ``optimizer.state_dict()``, which know nothing of it. A model that
@@ -41,6 +41,7 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
             "config": mask.request.config.to_dict(),
             "rule": mask.weight.config.to_dict(),
             "total_steps": mask.request.total_steps,
+            "history": mask.plan.history.column(mask.weight.name),
         }
         for name, _, mask in masks.hidden_masks(model)
     }
@@ -88,6 +89,7 @@ def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
         if plan is None:
             plan = Plan(request.config, annealed_steps=entry["steps"], total_steps=request.total_steps)
             plans.append((request, plan))
+        plan.history.put_column(entry["name"], parameter.numel(), entry["history"])
         made.append((parameter, _mask(parameter, entry, rule, request, plan)))
     missing = [name for name, _, _ in masks.hidden_masks(model) if _plain(name) not in state]
     if missing:

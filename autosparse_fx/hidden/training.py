@@ -114,7 +114,9 @@ def _annealers(held: list[_Held]) -> list[tuple[GradientAnnealing, list[_Held]]]
             group.append(item)
     made = []
     for request, group in by_request:
+        history = group[0][1].plan.history
         annealer = GradientAnnealing(nn.ModuleList(m.holder(p) for p, m in group), request.total_steps)
+        annealer.continue_history(history)
         steps = max(mask.steps for _, mask in group)
         if steps == 0:  # weights that join a training: another optimizer's first step of it is one of the same round
             steps = max(mask.plan.annealed_steps for _, mask in group)

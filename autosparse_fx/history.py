@@ -1,0 +1,217 @@
+"""History: alpha, and the sparsity and the cut of every masked weight, over a training."""
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from autosparse_fx._compat import full_tensor
+from autosparse_fx.files import checked_path, written
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RECORDS = 100  # of one training, however long it is
+_SUFFIXES = (".png", ".svg", ".pdf")
+
+
+class Record(NamedTuple):
+    """The state after ``step`` optimizer steps; fractions and cuts by the full name of the weight."""
+
+    step: int
+    alpha: float
+    sparsity: dict[str, float]  # fraction of zeros in [0, 1]
+    threshold: dict[str, float]  # mean cut g(s) = sigmoid(s)
+
+
+@dataclass
+class _Columns:
+    """What one annealer noted at one step; the numbers stay on the device until someone reads them."""
+
+    step: int
+    alpha: float
+    names: tuple[str, ...]
+    values: Tensor  # [2, names]: sparsity, cut
+
+
+@dataclass
+class History:
+    """The recorded training of a model: ``annealer.history``, or ``report(model).history``.
+
+    ``GradientAnnealing`` adds a record after the first step, about every hundredth of the training, and at its end.
+    Memory is bounded: 8 bytes for each weight tensor and record.
+    """
+
+    numel: dict[str, int] = field(default_factory=dict)  # elements of each weight
+    _columns: list[_Columns] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len({columns.step for columns in self._columns})
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.records)
+
+    @property
+    def records(self) -> list[Record]:
+        """All records, by rising step."""
+        found: dict[int, Record] = {}
+        for columns in self._columns:
+            record = found.setdefault(columns.step, Record(columns.step, columns.alpha, {}, {}))
+            sparsity, cut = columns.values.tolist()
+            record.sparsity.update(zip(columns.names, sparsity, strict=True))
+            record.threshold.update(zip(columns.names, cut, strict=True))
+        return [found[step] for step in sorted(found)]
+
+    def total_sparsity(self, record: Record) -> float:
+        """Zeros over all masked weights of a record, a fraction in [0, 1]."""
+        total = sum(self.numel[name] for name in record.sparsity)
+        return sum(self.numel[name] * value for name, value in record.sparsity.items()) / total if total else 0.0
+
+    @torch.no_grad()
+    def add(self, step: int, alpha: float, weights: Sequence[tuple[str, Tensor, Tensor]]) -> None:
+        """Note names, weights and logits (that broadcast to them) after ``step`` optimizer steps."""
+        sparsities, cuts = [], []
+        for name, weight, logit in weights:
+            weight, cut = full_tensor(weight), torch.sigmoid(logit)
+            zeros = torch.count_nonzero(weight.abs() <= cut)
+            self.numel[name] = weight.numel()
+            sparsities.append(zeros / max(1, weight.numel()))
+            cuts.append(cut.mean())
+        device = cuts[0].device
+        columns = [torch.stack([value.to(device).float() for value in column]) for column in (sparsities, cuts)]
+        self._columns.append(_Columns(step, alpha, tuple(name for name, _, _ in weights), torch.stack(columns)))
+
+    def latest(self) -> dict[str, float]:
+        """The last record as one flat dict of numbers, for any logger."""
+        if not self._columns:
+            return {}
+        record = self.records[-1]
+        return {
+            "step": record.step,
+            "alpha": record.alpha,
+            "sparsity": self.total_sparsity(record),
+            **{f"sparsity/{name}": value for name, value in record.sparsity.items()},
+            **{f"threshold/{name}": value for name, value in record.threshold.items()},
+        }
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write one line for each record and weight: step, alpha, weight, numel, sparsity, threshold.
+
+        Raises:
+            FileNotFoundError: if the directory is not there.
+        """
+        target = checked_path(path)
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(("step", "alpha", "weight", "numel", "sparsity", "threshold"))
+        for record in self.records:
+            for name, value in record.sparsity.items():
+                writer.writerow((record.step, record.alpha, name, self.numel[name], value, record.threshold[name]))
+        with written(target) as partial:
+            partial.write_text(text.getvalue())
+
+    def to_tensorboard(self, writer: Any) -> None:
+        """Write every record to a ``torch.utils.tensorboard.SummaryWriter``, or to one that is made for a directory.
+
+        Raises:
+            ImportError: if the package ``tensorboard`` is not installed.
+        """
+        if isinstance(writer, (str, Path)):
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ImportError("to_tensorboard needs the package tensorboard: pip install tensorboard") from error
+            with SummaryWriter(str(writer)) as made:
+                self.to_tensorboard(made)
+            return
+        for record in self.records:
+            writer.add_scalar("autosparse/alpha", record.alpha, record.step)
+            writer.add_scalar("autosparse/sparsity", self.total_sparsity(record), record.step)
+            for name, value in record.sparsity.items():
+                writer.add_scalar(f"autosparse_sparsity/{name}", value, record.step)
+                writer.add_scalar(f"autosparse_threshold/{name}", record.threshold[name], record.step)
+
+    def plot(self, path: str | Path) -> None:
+        """Draw sparsity and alpha, the sparsity of each weight, and its cut, over the steps: PNG, SVG or PDF.
+
+        Raises:
+            ValueError: if there is no record, or the suffix is another.
+            FileNotFoundError: if the directory is not there.
+            ImportError: if matplotlib is not installed.
+        """
+        target = checked_path(path, _SUFFIXES)
+        if not self._columns:
+            raise ValueError("the history holds no records: train with GradientAnnealing first")
+        figure = self._figure()
+        with written(target) as partial:
+            figure.savefig(partial, dpi=120, format=target.suffix[1:].lower())
+
+    def _figure(self) -> "Figure":
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("plot needs matplotlib: pip install 'autosparse-fx[plot]'") from error
+        records = self.records
+        steps = [record.step for record in records]
+        names = list(self.numel)
+        figure = Figure(figsize=(12, 3.6), layout="constrained")
+        whole, layers, cuts = figure.subplots(1, 3)
+        whole.plot(steps, [self.total_sparsity(record) for record in records], label="sparsity", color="tab:blue")
+        whole.plot(steps, [record.alpha for record in records], label="alpha", color="tab:orange", linestyle="--")
+        whole.set(title="all masked weights", ylim=(-0.02, 1.02))
+        whole.legend(loc="center right", frameon=False)
+        colors = figure_colors(len(names))
+        for name, color in zip(names, colors, strict=True):
+            known = [record for record in records if name in record.sparsity]
+            at = [record.step for record in known]
+            layers.plot(at, [record.sparsity[name] for record in known], label=name, color=color, linewidth=1)
+            cuts.plot(at, [record.threshold[name] for record in known], label=name, color=color, linewidth=1)
+        layers.set(title="sparsity of each weight, first to last", ylim=(-0.02, 1.02))
+        cuts.set(title="its cut, sigmoid(s)", yscale="log")
+        if len(names) <= 8:
+            layers.legend(fontsize="small", frameon=False)
+        for axes in (whole, layers, cuts):
+            axes.set_xlabel("optimizer step")
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(alpha=0.3)
+        return figure
+
+    def column(self, name: str) -> Tensor:
+        """What was recorded of one weight: float64 ``[records, 4]`` of step, alpha, sparsity and cut."""
+        known = [r for r in self.records if name in r.sparsity]
+        rows = [(float(r.step), r.alpha, r.sparsity[name], r.threshold[name]) for r in known]
+        return torch.tensor(rows, dtype=torch.float64).reshape(-1, 4)
+
+    def put_column(self, name: str, numel: int, column: Tensor) -> None:
+        """Enter what :meth:`column` returned."""
+        self.numel[name] = numel
+        for step, alpha, sparsity, cut in column.tolist():
+            self._columns.append(_Columns(int(step), alpha, (name,), torch.tensor([[sparsity], [cut]])))
+
+    def state(self) -> dict[str, Any]:
+        """Plain values, fit for JSON, for ``annealer.state_dict()``."""
+        return {
+            "numel": dict(self.numel),
+            "records": [[c.step, c.alpha, list(c.names), c.values.tolist()] for c in self._columns],
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "History":
+        """The history that :meth:`state` was taken of."""
+        columns = [
+            _Columns(step, alpha, tuple(names), torch.tensor(values)) for step, alpha, names, values in state["records"]
+        ]
+        return cls(dict(state["numel"]), columns)
+
+
+def figure_colors(count: int) -> list[Any]:
+    """Colours from the first layer to the last."""
+    from matplotlib import colormaps
+
+    colormap = colormaps["viridis"]
+    return [colormap(i / max(1, count - 1)) for i in range(count)]
