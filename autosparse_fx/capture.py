@@ -172,9 +172,9 @@ def _mark_dynamic(example_inputs: Any, dynamic_shapes: Any) -> tuple[Any, dict[i
     if dynamic_shapes is None:
         return example_inputs, {}
     args, kwargs = _as_call(example_inputs)
-    inputs: dict[Any, Any] = kwargs or dict(enumerate(args))
+    inputs: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
     if not isinstance(dynamic_shapes, Mapping):
-        shapes: dict[Any, Any] = {**dict(enumerate(dynamic_shapes))}
+        shapes: dict[Any, Any] = dict(enumerate(dynamic_shapes))
     elif not kwargs and all(isinstance(key, int) for key in dynamic_shapes):
         shapes = {0: dynamic_shapes}  # of the only input
     else:
