@@ -32,6 +32,7 @@ class Capture:
     graphs: list[CapturedGraph] = field(default_factory=list)
     breaks: list[str] = field(default_factory=list)  # why there is more than one
     names: dict[sympy.Symbol, str] = field(default_factory=dict)  # what dynamic_shapes calls the symbols in the shapes
+    sizes: dict[str, int] = field(default_factory=dict)  # of the example inputs, by the names in dynamic_shapes
 
 
 def capture(
@@ -67,6 +68,7 @@ def capture(
             tensor = sources.get(node.name)
             for dimension, name in symbols.get(id(tensor), {}).items():
                 size = node.meta["example_value"].shape[dimension]
+                found.sizes[name] = tensor.shape[dimension]  # type: ignore[union-attr]
                 if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
                     found.names[size.node.expr] = name
                 else:

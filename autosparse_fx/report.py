@@ -1,137 +1,70 @@
-"""What is sparse, how much, and what was left dense for which reason."""
+"""What is sparse, how much, what that saves, and what was left dense for which reason."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from autosparse_fx.attach import masked_modules
 from autosparse_fx.hidden.masks import all_masked_modules
+from autosparse_fx.history import History
 from autosparse_fx.masked import MaskedModule, logit, mask_state, masked_value, stored_weight
 from autosparse_fx.plan import Plan, Slot
 from autosparse_fx.selection import Candidate, collect, reason
+from autosparse_fx.sparsity_report import UNITS, Cost, LayerReport, SparsityReport
+
+if TYPE_CHECKING:
+    from autosparse_fx.flops import ModelFlops
 
 __all__ = ["LayerReport", "SparsityReport", "report", "sparsity", "thresholds"]
 
 
-@dataclass(frozen=True)
-class LayerReport:
-    """One weight tensor: ``zeros`` of its ``numel`` elements are zero where the layer reads it."""
-
-    name: str
-    shape: tuple[int, ...]
-    numel: int
-    zeros: int
-    threshold: float | None  # mean cut g(s) = sigmoid(s); None for a weight that is not masked
-    target: float | None
-    tied: tuple[str, ...] = ()
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of zeros in [0, 1]."""
-        return self.zeros / self.numel if self.numel else 0.0
-
-
-@dataclass(frozen=True)
-class SparsityReport:
-    """Zeros and parameter counts per layer and in total; ``print`` it, or take :meth:`to_dict`."""
-
-    layers: tuple[LayerReport, ...]
-    parameters: int  # of the model, thresholds not counted
-    skipped: dict[str, tuple[int, str]] = field(default_factory=dict)  # full name -> (numel, reason)
-    masked_embeddings: tuple[str, ...] = ()  # masked because they are tied to a masked weight
-
-    @property
-    def numel(self) -> int:
-        return sum(layer.numel for layer in self.layers)
-
-    @property
-    def zeros(self) -> int:
-        return sum(layer.zeros for layer in self.layers)
-
-    @property
-    def sparsity(self) -> float:
-        """Zeros over the weights listed in ``layers``, a fraction in [0, 1]."""
-        return self.zeros / self.numel if self.numel else 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values, fit for JSON."""
-        return {
-            "sparsity": self.sparsity,
-            "zeros": self.zeros,
-            "numel": self.numel,
-            "parameters": self.parameters,
-            "layers": [
-                {
-                    "name": layer.name,
-                    "shape": list(layer.shape),
-                    "numel": layer.numel,
-                    "zeros": layer.zeros,
-                    "sparsity": layer.sparsity,
-                    "threshold": layer.threshold,
-                    "target": layer.target,
-                    "tied": list(layer.tied),
-                }
-                for layer in self.layers
-            ],
-            "masked_embeddings": list(self.masked_embeddings),
-            "skipped": {name: {"numel": numel, "reason": why} for name, (numel, why) in self.skipped.items()},
-        }
-
-    def __str__(self) -> str:
-        rows = [("weight", "shape", "numel", "zeros", "sparsity", "cut")]
-        for layer in self.layers:
-            cut = "" if layer.threshold is None else f"{layer.threshold:.2e}"
-            name = " = ".join((layer.name, *layer.tied))
-            rows.append(
-                (
-                    name,
-                    "x".join(map(str, layer.shape)),
-                    f"{layer.numel:,}",
-                    f"{layer.zeros:,}",
-                    f"{layer.sparsity:.4f}",
-                    cut,
-                )
-            )
-        rows.append(("all masked weights", "", f"{self.numel:,}", f"{self.zeros:,}", f"{self.sparsity:.4f}", ""))
-        share = self.zeros / self.parameters if self.parameters else 0.0
-        rows.append(("all parameters", "", f"{self.parameters:,}", f"{self.zeros:,}", f"{share:.4f}", ""))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-
-        def line(row: tuple[str, ...]) -> str:
-            return "  ".join(
-                cell.ljust(width) if i < 2 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-
-        rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-        lines = [line(rows[0]), rule, *map(line, rows[1:-2]), rule, *map(line, rows[-2:])]
-        if self.masked_embeddings:
-            lines.append(
-                f"embeddings that are masked as the weights they are tied to: {', '.join(self.masked_embeddings)}"
-            )
-        if self.skipped:
-            by_reason: dict[str, list[str]] = {}
-            for name, (_, why) in self.skipped.items():
-                by_reason.setdefault(why, []).append(name)
-            lines.append("left dense:")
-            for why, names in by_reason.items():
-                shown = ", ".join(names[:4]) + (f", ... ({len(names)} in all)" if len(names) > 4 else "")
-                lines.append(f"  {why}: {shown}")
-        return "\n".join(lines)
-
-
-@torch.no_grad()
-def report(model: nn.Module) -> SparsityReport:
-    """Count the zeros of every weight of ``model``, as its layers read them.
+def report(
+    model: nn.Module,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | Tensor | None = None,
+    *,
+    dynamic_shapes: Sequence[Any] | Mapping[str, Any] | None = None,
+    unit: str = "flops",
+    history: History | None = None,
+) -> SparsityReport:
+    """Count the zeros of every weight of ``model``, as its layers read them, and what they save.
 
     Works on a sparse model, on a finalized one and on a dense one; tied weights are counted once. On a model that is
     not prepared the weights of the known layer classes are listed.
+
+    Args:
+        model: in the mode in which it is to be counted.
+        example_inputs: the arguments of one call (a tensor, a tuple, or a dict of keyword arguments), to count what a
+            forward pass multiplies. The model runs once; its buffers and the random state are restored.
+        dynamic_shapes: for each input ``{dimension: name}`` or None, as for ``torch.export``: ``flops`` of the report
+            are then expressions in these names.
+        unit: ``"flops"``, where a multiply-accumulate is 2 FLOPs, or ``"macs"``, counted as the sparse-training
+            literature does: multiply-accumulates, and the additions of average pooling.
+        history: of a training whose cost is to be counted, ``annealer.history``; that of the model itself while it is
+            being trained.
+
+    Raises:
+        ValueError: if the model cannot be run on the inputs, or the unit is unknown.
     """
+    if unit not in UNITS:
+        raise ValueError(f"unit must be one of {', '.join(map(repr, UNITS))}, got {unit!r}")
+    found = _count_zeros(model)
+    if history is not None:
+        found = replace(found, history=history)
+    if example_inputs is None:
+        return found
+    from autosparse_fx.flops import count_flops  # which needs the compiler
+
+    return _with_costs(found, count_flops(model, example_inputs, dynamic_shapes), unit)
+
+
+@torch.no_grad()
+def _count_zeros(model: nn.Module) -> SparsityReport:
     layers: list[LayerReport] = []
     skipped: dict[str, tuple[int, str]] = {}
-    parameters = 0
+    parameters = dense_bytes = stored_bytes = 0
     by_weight = _masked_by_weight(model)
     prepared = bool(by_weight)
     plans = _plans_of(model)
@@ -141,6 +74,9 @@ def report(model: nn.Module) -> SparsityReport:
         if id(candidate.parameter) in own:
             continue
         parameters += candidate.parameter.numel()
+        size = candidate.parameter.numel() * candidate.parameter.element_size()
+        dense_bytes += size
+        stored_bytes += size  # less what is saved below
         masked = by_weight.get(id(candidate.parameter))
         if masked is None and (prepared or candidate.axis is None):
             if prepared:
@@ -155,18 +91,62 @@ def report(model: nn.Module) -> SparsityReport:
             weight = masked_value(module, slot)
             cut = float(torch.sigmoid(logit(module, slot)).mean())
             target = module._autosparse.weights[slot.name].config.target_sparsity
+        zeros = weight.numel() - int(torch.count_nonzero(weight))
         layers.append(
             LayerReport(
                 candidate.name,
                 tuple(weight.shape),
                 weight.numel(),
-                weight.numel() - int(torch.count_nonzero(weight)),
+                zeros,
                 cut,
                 target,
                 tuple(candidate.names[1:]),
+                _stored_bytes(weight, zeros),
             )
         )
-    return SparsityReport(tuple(layers), parameters, skipped, tuple(embeddings))
+        stored_bytes += layers[-1].stored_bytes - size
+    history = next((plan.history for plan, _, _ in plans if len(plan.history)), History())
+    return SparsityReport(tuple(layers), parameters, skipped, tuple(embeddings), dense_bytes, stored_bytes, history)
+
+
+def _stored_bytes(weight: Tensor, zeros: int) -> int:
+    """Dense, as a bitmap and the other values, or as an index (of 16 bits within a row, or 32) with each of them."""
+    size, left = weight.element_size(), weight.numel() - zeros
+    row = weight.numel() // weight.shape[0] if weight.dim() and weight.shape[0] else 0
+    index = 2 if row <= 2**16 else 4
+    rows = weight.shape[0] if weight.dim() else 0
+    return min(weight.numel() * size, -(-weight.numel() // 8) + left * size, left * (size + index) + 4 * (rows + 1))
+
+
+def _with_costs(found: SparsityReport, flops: "ModelFlops", unit: str) -> SparsityReport:
+    from autosparse_fx.flops.training import training_flops
+
+    factor = UNITS[unit][1]
+    here = flops.at(**flops.example_sizes)
+    sparsities = {layer.name: layer.sparsity for layer in found.layers}
+    costs: dict[str, Cost] = {}
+    for product in here.products:
+        if product.pooling and unit != "macs":
+            continue
+        names = {name for operand in product.operands for name, _ in operand.weights}
+        if product.pooling:
+            key = "average pooling"
+        elif len(names) == 1 and names <= set(sparsities):
+            (key,) = names
+        elif names or any(operand.parameter for operand in product.operands):
+            key = "weights left dense" if not names & set(sparsities) else "several weights at once"
+        else:
+            key = "products of activations"
+        part = Cost(float(product.macs) * factor, product.forward_at(sparsities) * factor)
+        costs[key] = costs.get(key, Cost(0, 0)) + part
+    layers = tuple(replace(layer, cost=costs.pop(layer.name, Cost(0, 0))) for layer in found.layers)
+    training = None
+    if len(found.history):
+        records = found.history.records
+        training = training_flops(
+            here, [r.step for r in records], [r.alpha for r in records], [r.sparsity for r in records]
+        )
+    return replace(found, layers=layers, flops=flops, training=training, other_costs=costs, unit=unit)
 
 
 def sparsity(model: nn.Module) -> float:

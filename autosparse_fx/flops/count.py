@@ -17,7 +17,7 @@ from autosparse_fx import _compat
 from autosparse_fx.capture import Capture, CapturedGraph, capture
 from autosparse_fx.flops.formulas import LAYERS, POOLING, PRODUCTS, Formula, Term
 from autosparse_fx.flops.model import ModelFlops
-from autosparse_fx.flops.product import Operand, Product
+from autosparse_fx.flops.product import Operand, Product, size_symbol
 
 aten = torch.ops.aten
 _COMPILED_NAME = re.compile(r"^L\['\w+'\]\.?")  # how the compiler calls the model
@@ -60,9 +60,9 @@ def count_captured(captured: Capture) -> ModelFlops:
         counted = _count_graph(graph, index) if graph.calls else []
         for call, names in enumerate(graph.calls):
             products += [_named(product, call, names) for product in counted]
-    names = {symbol: sympy.Symbol(name, integer=True, positive=True) for symbol, name in captured.names.items()}
+    names = {symbol: size_symbol(name) for symbol, name in captured.names.items()}
     products = [replace(p, macs=_readable(p.macs.subs(names))) for p in products]
-    return ModelFlops(tuple(products), graphs=len(captured.graphs), breaks=tuple(captured.breaks))
+    return ModelFlops(tuple(products), len(captured.graphs), tuple(captured.breaks), captured.sizes)
 
 
 def _count_graph(graph: CapturedGraph, index: int) -> list[Product]:
@@ -91,6 +91,7 @@ class _Runner(Interpreter):
     def run_node(self, n: Node) -> Any:
         if n.op in ("call_function", "call_method"):
             self._recorder.node = n
+            self._recorder.grad_enabled = torch.is_grad_enabled()
         value = super().run_node(n)
         if n.op == "get_attr" and isinstance(value, Tensor) and not isinstance(value, _compat.FakeTensor):
             value = self._fake_mode.from_tensor(value)
@@ -158,6 +159,7 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, graph: int) -> None:
         super().__init__()
         self.node: Node | None = None
+        self.grad_enabled = True  # at the node: inside an operator with a backward of its own it never is
         self.paused = False
         self.products: list[Product] = []
         self._graph = graph
@@ -185,7 +187,7 @@ class _Recorder(TorchDispatchMode):
         assert self.node is not None
         terms = list(terms)
         known = [self._trace(t) for term in terms for t in term.operands if t is not None]
-        inner = Operand(needs_grad=torch.is_grad_enabled() and any(trace.needs_grad for trace in known))
+        inner = Operand(needs_grad=self.grad_enabled and any(trace.needs_grad for trace in known))
         place = module_path(self.node)
         for term in terms:
             operands = tuple(inner if t is None else self._operand(t) for t in term.operands)
@@ -202,7 +204,7 @@ class _Recorder(TorchDispatchMode):
             weights = tuple(dict.fromkeys(weight for trace in traces for weight in trace.weights))
         data = any(trace.data for trace in traces)
         parameter = not data and any(trace.parameter for trace in traces)
-        needs_grad = torch.is_grad_enabled() and any(trace.needs_grad for trace in traces) and packet is not aten.detach
+        needs_grad = self.grad_enabled and any(trace.needs_grad for trace in traces) and packet is not aten.detach
         for out in tree_leaves(outputs):
             if isinstance(out, Tensor):
                 floating = out.is_floating_point() or out.is_complex()
@@ -210,7 +212,7 @@ class _Recorder(TorchDispatchMode):
 
     def _operand(self, tensor: Tensor) -> Operand:
         trace = self._trace(tensor)
-        return Operand(trace.weights, trace.parameter, trace.needs_grad and torch.is_grad_enabled())
+        return Operand(trace.weights, trace.parameter, trace.needs_grad and self.grad_enabled)
 
     def _trace(self, tensor: Tensor) -> _Trace:
         return self._traces.get(tensor, _Trace())  # type: ignore[no-any-return]

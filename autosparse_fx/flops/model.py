@@ -1,12 +1,12 @@
 """ModelFlops: the counts of a model by layer and in total, dense and sparse, forward and backward."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import sympy
 
-from autosparse_fx.flops.product import Product, sparsity_symbol
+from autosparse_fx.flops.product import Product, size_symbol, sparsity_symbol
 
 FLOPS_PER_MAC = 2
 
@@ -36,6 +36,7 @@ class ModelFlops:
     products: tuple[Product, ...]
     graphs: int = 1  # how many captured graphs there were
     breaks: tuple[str, ...] = ()  # why there is more than one
+    example_sizes: Mapping[str, int] = field(default_factory=dict)  # what the dynamic sizes were in the example inputs
 
     @cached_property
     def dense(self) -> Macs:
@@ -80,15 +81,19 @@ class ModelFlops:
         """
         known = sparsities or {}
         values = {sparsity_symbol(name): known.get(name, 0) for name in self.weights}
-        names = {str(symbol): symbol for symbol in count.free_symbols}
-        unknown = [name for name in sizes if name not in names and name not in self.sizes]
+        unknown = [name for name in sizes if name not in self.sizes]
         if unknown:
             raise ValueError(f"the counts depend on {', '.join(self.sizes) or 'no sizes'}, not on {', '.join(unknown)}")
-        values |= {names[name]: size for name, size in sizes.items() if name in names}
+        values |= {size_symbol(name): size for name, size in sizes.items()}
         result = count.subs(values)
         if not result.is_number:
             return result
         return int(result) if result.is_Integer else float(result)
+
+    def at(self, **sizes: int) -> "ModelFlops":
+        """The counts at these sizes."""
+        values = {size_symbol(name): size for name, size in sizes.items()}
+        return replace(self, products=tuple(replace(p, macs=p.macs.subs(values)) for p in self.products))
 
     @cached_property
     def sizes(self) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """What is counted: products of two operands, and how many multiplications each takes."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -52,6 +53,10 @@ class Product:
         """MACs of the forward pass that touch no zero of a weight."""
         return self.macs * sympy.Mul(*(operand.density for operand in self.operands))
 
+    def forward_at(self, sparsities: Mapping[str, float]) -> float:
+        """The same in numbers, where no size is dynamic."""
+        return math.prod([float(self.macs), *(operand.density_at(sparsities) for operand in self.operands)])
+
     @property
     def input_gradient(self) -> sympy.Expr:
         """MACs of the gradients of activations."""
@@ -80,3 +85,8 @@ class Product:
 def sparsity_symbol(weight: str) -> sympy.Symbol:
     """The symbol of the sparsity of a weight."""
     return sympy.Symbol(f"s[{weight}]", nonnegative=True)
+
+
+def size_symbol(name: str) -> sympy.Symbol:
+    """The symbol of a dynamic size."""
+    return sympy.Symbol(name, integer=True, positive=True)

@@ -12,6 +12,7 @@ are counted at the same final sparsity of every layer:
   not counted.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -113,16 +114,9 @@ class _Parts:
     @staticmethod
     def _step(product: Product, macs: float, sparsities: Mapping[str, float], *, settled: bool) -> float:
         densities = [operand.density_at(sparsities) for operand in product.operands]
-        forward = total = macs * _product(densities)
+        forward = total = macs * math.prod(densities)
         for i, operand in enumerate(product.operands):
             if operand.needs_grad:
-                of_others = macs * _product(densities[:i] + densities[i + 1 :])
+                of_others = macs * math.prod(densities[:i] + densities[i + 1 :])
                 total += forward if operand.parameter and settled else of_others
         return total
-
-
-def _product(factors: Sequence[float]) -> float:
-    result = 1.0
-    for factor in factors:
-        result *= factor
-    return result
