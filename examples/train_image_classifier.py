@@ -190,6 +190,8 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         return {
             "recipe": recipe(self.args),
+            "architecture": {"name": self.args.arch, "num_classes": self.data.num_classes},
+            "config": None if self.args.dense else self.config.to_dict(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),

@@ -1,0 +1,104 @@
+"""Saved weights, read without running any code that the file may hold."""
+
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import autosparse_fx
+from autosparse_fx.config import AutoSparse
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Read tensors and plain values.
+
+    Raises:
+        ValueError: if the file holds anything else, or is truncated.
+        OSError: if it cannot be read.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {str(path)!r}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{str(path)!r} holds more than tensors and plain values, or is damaged; nothing in it was run. Save "
+            "model.state_dict(), not the model"
+        ) from error
+    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+        raise ValueError(f"{str(path)!r} is damaged, or no file of torch.save ({type(error).__name__})") from error
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise ValueError(f"{str(path)!r} holds a {type(state).__name__}, not the state_dict of a model")
+    return state
+
+
+def architecture(state: dict[str, Any], path: Path) -> tuple[str, dict[str, Any]]:
+    """The torchvision model that a checkpoint of the training example is of, and its options.
+
+    Raises:
+        ValueError: if the file does not tell, or names a network of the example's own.
+    """
+    known = state.get("architecture")
+    if not isinstance(known, dict) or not isinstance(known.get("name"), str):
+        raise ValueError(
+            f"{str(path)!r} holds weights and does not say of which model: autosparse-fx COMMAND MODEL --weights {path}"
+        )
+    name = known["name"]
+    from torchvision import models
+
+    if name not in models.list_models():
+        raise ValueError(
+            f"{str(path)!r} is of {name!r}, which is no model of torchvision: name a callable that builds it, as in "
+            f"autosparse-fx COMMAND package.module:callable --weights {path}"
+        )
+    return name, {"num_classes": int(known["num_classes"])} if "num_classes" in known else {}
+
+
+def load_weights(model: nn.Module, state: dict[str, Any], example_inputs: Any, path: Path) -> None:
+    """Put saved weights into ``model``; where they have thresholds, make it sparse first.
+
+    Raises:
+        ValueError: if they do not fit the model.
+    """
+    weights = next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)), state)
+    masked = {
+        key.removesuffix("_threshold"): value
+        for key, value in weights.items()
+        if key.endswith("_threshold") and f"{key.removesuffix('_threshold')}_offset" in weights
+    }
+    if masked:
+        saved = state.get("config")
+        scale = saved["threshold_scale"] if isinstance(saved, dict) and "threshold_scale" in saved else None
+        autosparse_fx.sparsify(model, _config(masked, scale), example_inputs=example_inputs)
+    own = model.state_dict()
+    misfits = [f"{key} is missing" for key in own if key not in weights]
+    misfits += [f"{key} is not in the model" for key in weights if key not in own]
+    misfits += [
+        f"{key} is {_shape(weights[key])} and not {_shape(value)}"
+        for key, value in own.items()
+        if key in weights and _shape(weights[key]) != _shape(value)
+    ]
+    if misfits:
+        more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""
+        raise ValueError(
+            f"the weights in {str(path)!r} do not fit {type(model).__name__}: {', '.join(misfits[:3])}{more}"
+        )
+    model.load_state_dict(weights)
+    if isinstance(state.get("thresholds"), dict):
+        autosparse_fx.load_state_dict(model, state["thresholds"])
+
+
+def _shape(value: Any) -> list[int] | str:
+    return list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def _config(masked: dict[str, Any], scale: float | None) -> AutoSparse:
+    """What masks exactly the weights that were saved with thresholds."""
+    rules: dict[str, Any] = {
+        name: {"granularity": "channel" if threshold.numel() > 1 else "layer"} for name, threshold in masked.items()
+    }
+    made = AutoSparse(target_sparsity=None, threshold_init=-5.0, rules={**rules, "*": None})
+    return made if scale is None else replace(made, threshold_scale=scale)
