@@ -7,14 +7,13 @@ import argparse
 import copy
 
 import torch
-from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import autosparse_fx
-from autosparse_fx import AutoSparse
+from autosparse_fx import AutoSparse, GradientAnnealing
 
 EPOCHS, BATCH = 60, 64
 
@@ -38,7 +37,7 @@ def build() -> nn.Module:
     )  # fmt: skip
 
 
-def train(model: nn.Module, images: Tensor, labels: Tensor, config: AutoSparse | None) -> dict[str, list]:
+def train(model: nn.Module, images: Tensor, labels: Tensor, config: AutoSparse | None) -> GradientAnnealing | None:
     """An ordinary training loop. With a config the weights become sparse: three lines do it."""
     total_steps = EPOCHS * (len(labels) // BATCH)
     torch.manual_seed(0)  # the same order of images for every network
@@ -46,11 +45,11 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, config: AutoSparse |
         autosparse_fx.sparsify(model, config)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total_steps)
+    annealer = None
     if config is not None:
-        annealer = autosparse_fx.GradientAnnealing(model, total_steps, optimizer=optimizer)
+        annealer = GradientAnnealing(model, total_steps, optimizer=optimizer)
     step = torch.compile(model, backend="inductor" if config is None else "autosparse")
 
-    history: dict[str, list] = {"step": [], "sparsity": [], "alpha": [], "thresholds": []}
     model.train()
     with tqdm(total=total_steps, desc="dense" if config is None else "sparse") as bar:
         for _ in range(EPOCHS):
@@ -61,32 +60,12 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, config: AutoSparse |
                 optimizer.zero_grad()
                 scheduler.step()
                 bar.update()
-                if config is not None and bar.n % 5 == 0:
-                    history["step"].append(bar.n)
-                    history["sparsity"].append(autosparse_fx.sparsity(model))
-                    history["alpha"].append(annealer.alpha)
-                    logits = autosparse_fx.thresholds(model)
-                    history["thresholds"].append({name: s.sigmoid().mean().item() for name, s in logits.items()})
-    return history
+    return annealer
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return (model.eval()(images).argmax(1) == labels).float().mean().item()
-
-
-def plot(history: dict[str, list], path: str) -> None:
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.plot(history["step"], history["sparsity"], label="sparsity (fraction of zeros)")
-    left.plot(history["step"], history["alpha"], label="alpha (gradient scale of masked weights)")
-    left.set(xlabel="step", ylim=(0, 1))
-    left.legend(loc="lower center", bbox_to_anchor=(0.5, 1))
-    for name in history["thresholds"][0]:
-        right.plot(history["step"], [point[name] for point in history["thresholds"]], label=name)
-    right.set(xlabel="step", ylabel="threshold: smaller weights are zero", yscale="log")
-    right.legend()
-    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
@@ -99,13 +78,13 @@ def main() -> None:
     dense = build()
     sparse = copy.deepcopy(dense)
     train(dense, train_x, train_y, None)
-    history = train(sparse, train_x, train_y, AutoSparse(target_sparsity=0.9))
+    annealer = train(sparse, train_x, train_y, AutoSparse(target_sparsity=0.9))
 
-    print(autosparse_fx.report(sparse))
+    print(autosparse_fx.report(sparse, test_x[:1]))
     sparse = autosparse_fx.finalize(sparse)  # plain layers again, with real zeros in their weights
     print(f"accuracy  dense {accuracy(dense, test_x, test_y):.2%}  sparse {accuracy(sparse, test_x, test_y):.2%}")
-    plot(history, args.output)
-    print(f"sparsity, alpha and thresholds over time: {args.output}")
+    annealer.history.plot(args.output)
+    print(f"sparsity, alpha and cuts over the training: {args.output}")
 
 
 if __name__ == "__main__":
