@@ -3,6 +3,7 @@
 Versions: torch 2.11.0 (the oldest supported) and 2.15.0.
 """
 
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -139,6 +140,20 @@ def placeholder_tensor(node: Node) -> Tensor | None:
     return example if isinstance(example, Tensor) else None
 
 
+def is_fixed(size: torch.SymInt, example: int) -> bool:
+    """Whether a graph demands of one of its sizes that it stay as it was in the example. 2.11-2.15.
+
+    ``size`` is a symbol, and a guard that is an equation does not hold for twice its value.
+    """
+    import sympy
+
+    symbol, shape_env = size.node.expr, size.node.shape_env
+    if symbol in shape_env.replacements:
+        return True
+    equations = [guard.expr for guard in shape_env.guards if isinstance(guard.expr, sympy.Eq)]
+    return any(e.free_symbols == {symbol} and not e.subs(symbol, 2 * example) for e in equations)
+
+
 def current_compile_id() -> str:
     """Dynamo's name for the compilation that is under way, such as "0/0". 2.11-2.15."""
     return str(torch._guards.CompileContext.current_compile_id() or "")
@@ -190,14 +205,21 @@ def capturing_everything() -> Any:
 
 @contextmanager
 def graph_break_reasons() -> Iterator[list[str]]:
-    """Collect why Dynamo broke a graph while this was open. 2.11-2.15."""
+    """Collect why Dynamo broke a graph while this was open, and keep it from logging that. 2.11-2.15."""
     from torch._dynamo.utils import counters
 
     reasons: list[str] = []
     before = dict(counters["graph_break"])
+    logs = [logging.getLogger(name) for name in ("torch._dynamo", "torch._subclasses")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        if log.getEffectiveLevel() >= logging.WARNING:  # nobody asked for more
+            log.setLevel(logging.CRITICAL)
     try:
         yield reasons
     finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
         new = (reason for reason, count in counters["graph_break"].items() if count > before.get(reason, 0))
         reasons.extend(reason.strip().splitlines()[0] for reason in new if reason.strip())
 
@@ -216,3 +238,48 @@ def restore_parameter_taken_by_weight_norm(module: nn.Module, name: str) -> None
         parameter = getattr(function, "variable", None)
         if isinstance(parameter, nn.Parameter) and parameter.shape == read.shape:
             module._parameters = {name: parameter, **module._parameters}
+
+
+def joint_graph(gm: GraphModule) -> GraphModule | None:
+    """The graph of forward and backward together that AOTAutograd makes of a Dynamo graph, with its metadata, or None
+    where nothing needs a gradient. 2.11-2.15.
+
+    Without decompositions: one node for an operation that autograd knows, where Inductor would break it up.
+    """
+    from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_compiler
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._guards import TracingContext, tracing
+
+    found: list[GraphModule] = []
+
+    def partition(joint: GraphModule, inputs: Any, **kwargs: Any) -> Any:
+        found.append(_copy_module(joint))
+        found[0].meta["partition"] = (inputs, kwargs)
+        return min_cut_rematerialization_partition(joint, inputs, **kwargs)
+
+    compiler = make_boxed_compiler(lambda graph, _: graph.forward)
+    values = [node.meta["example_value"] for node in gm.graph.nodes if node.op == "placeholder"]
+    modes = [value.fake_mode for value in values if isinstance(value, FakeTensor)]
+    with torch.enable_grad(), tracing(TracingContext(modes[0] if modes else None)):
+        aot_module_simplified(
+            copy_dynamo_graph(gm), values, fw_compiler=compiler, bw_compiler=compiler, partition_fn=partition
+        )
+    return found[0] if found else None
+
+
+def cut_joint_graph(joint: GraphModule) -> tuple[GraphModule, GraphModule]:
+    """Cut what :func:`joint_graph` gave in two: the forward and the backward graph. 2.11-2.15."""
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    inputs, kwargs = joint.meta["partition"]
+    return min_cut_rematerialization_partition(_copy_module(joint), inputs, **kwargs)
+
+
+def _copy_module(gm: GraphModule) -> GraphModule:
+    graph = Graph()
+    nodes: dict[Node, Node] = {}
+    output = graph.output(graph.graph_copy(gm.graph, nodes))
+    output.meta = dict(gm.graph.output_node().meta)
+    made = GraphModule(gm, graph)
+    made.meta = dict(gm.meta)
+    return made

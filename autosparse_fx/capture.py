@@ -1,5 +1,6 @@
 """Capture the graphs of a model on example inputs, without leaving a trace in it."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -69,10 +70,11 @@ def capture(
             for dimension, name in symbols.get(id(tensor), {}).items():
                 size = node.meta["example_value"].shape[dimension]
                 found.sizes[name] = tensor.shape[dimension]  # type: ignore[union-attr]
-                if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
+                symbolic = isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol)
+                if symbolic and not _compat.is_fixed(size, found.sizes[name]):
                     found.names[size.node.expr] = name
                 else:
-                    fixed_sizes.append(f"{name!r} (dimension {dimension}, {size})")
+                    fixed_sizes.append(f"{name!r} (dimension {dimension}, {found.sizes[name]})")
 
         for node in [*captured.gm.graph.nodes, *captured.rewritten.graph.nodes]:
             node.meta.pop("grapharg", None)  # which leads to the tensors themselves
@@ -132,7 +134,8 @@ def _rewritten(gm: GraphModule) -> GraphModule:
 def _run(model: nn.Module, example_inputs: Any, backend: Callable[..., Any]) -> None:
     """Call the model under ``backend``, and put back what that changed."""
     args, kwargs = _as_call(example_inputs)
-    with _restored(model), _compat.capturing_everything():
+    with _restored(model), _compat.capturing_everything(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is to be said of the model is said where it is used
         try:
             # Not the model itself: Dynamo would leave a recurrent layer alone that is called on its own.
             torch.compile(lambda: model(*args, **kwargs), backend=backend)()
