@@ -5,6 +5,7 @@ from autosparse_fx.config import AutoSparse
 from autosparse_fx.hidden.state import load_state_dict, state_dict
 from autosparse_fx.report import SparsityReport, report, sparsity, thresholds
 from autosparse_fx.sparsify import dense_weights, finalize, sparsify
+from autosparse_fx.view.visualize import visualize
 
 __all__ = [
     "AutoSparse",
@@ -19,5 +20,6 @@ __all__ = [
     "sparsity",
     "state_dict",
     "thresholds",
+    "visualize",
 ]
 __version__ = "0.1.0"
