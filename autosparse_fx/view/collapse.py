@@ -37,15 +37,12 @@ class Collapsed:
 
 
 def visible(graph: nx.DiGraph) -> nx.DiGraph:
-    """The part of ``graph`` that is drawn: without parameters, thresholds and saved tensors."""
+    """What is drawn of ``graph``: not parameters, thresholds and saved tensors, nor what is joined to those alone."""
     made = graph.copy()
-    made.remove_nodes_from(
-        [
-            name
-            for name, data in graph.nodes(data=True)
-            if data["kind"] in FOLDED or (data["kind"] == "output" and graph.in_degree(name) > _MOST_RESULTS)
-        ]
-    )
+    for name, data in graph.nodes(data=True):
+        if data["kind"] in FOLDED or (data["kind"] == "output" and graph.in_degree(name) > _MOST_RESULTS):
+            made.remove_node(name)
+    made.remove_nodes_from([name for name in nx.isolates(made) if made.nodes[name]["kind"] == "op" and len(made) > 1])
     return made
 
 
@@ -79,15 +76,16 @@ def collapse(graph: nx.DiGraph, depth: int | None = None) -> nx.DiGraph:
 
 
 def light_edges(graph: nx.DiGraph) -> set[tuple[str, str]]:
-    """What the backward pass reads of the forward pass: edges across everything, which a layout had better not follow.
-
-    Not the one at which the backward pass begins: it puts the one behind the other.
+    """Edges across everything, which a layout had better not follow: reads of a mask that another layer made, and what
+    the backward pass reads of the forward pass, but for the one at which it begins: that puts the one behind the other.
     """
     boxes: dict[str, Collapsed] = dict(graph.nodes(data="box"))
     across = [(a, b) for a, b in graph.edges if boxes[b].backward and not boxes[a].backward]
     ends = [a for a in boxes if not boxes[a].backward and all(boxes[b].backward for b in graph.successors(a))]
     last = next((a for a in reversed(ends) if boxes[a].kind != "input"), None)
-    return {(a, b) for a, b in across if a != last and not (a in ends and boxes[a].kind == "input")}
+    light = {(a, b) for a, b in across if a != last and not (a in ends and boxes[a].kind == "input")}
+    shared = {(a, b) for a, b, only_masks in graph.edges(data="only_masks") if only_masks}
+    return light | {(a, b) for a, b in shared if boxes[a].kind != "mask" or boxes[a].parent != boxes[b].parent}
 
 
 def _fold(graph: nx.DiGraph, depth: int) -> nx.DiGraph:
@@ -118,7 +116,10 @@ def _fold(graph: nx.DiGraph, depth: int) -> nx.DiGraph:
                 box.shapes.append(data["weight_shape"])
     made = nx.DiGraph(**graph.graph)
     made.add_nodes_from((key, {"box": box}) for key, box in boxes.items())
-    made.add_edges_from((owner[a], owner[b]) for a, b in graph.edges if owner[a] != owner[b])
+    for a, b in graph.edges:
+        if owner[a] != owner[b]:
+            others = made.get_edge_data(owner[a], owner[b], {}).get("only_masks", True)
+            made.add_edge(owner[a], owner[b], only_masks=others and graph.nodes[a]["is_mask"])
     kept = {a for box in boxes.values() if box.parent for a in ancestors(modules, box.parent)}
     made.graph["modules"] = {key: module for key, module in modules.items() if key in kept}
     return made

@@ -55,50 +55,58 @@ def diff_graphs(before: Graph, after: Graph) -> GraphDiff:
 
 
 def _match(before: Graph, after: Graph) -> dict[Node, Node]:
-    """Each node of ``after`` that was there before, with what it was then."""
-    old_of: dict[Node, Node] = {}
-    free = dict.fromkeys(before.nodes)  # in order
-    while True:
-        _match_same(after, old_of, free)
-        best = max(
-            (
-                (score, -index, node, old)
-                for index, node in enumerate(after.nodes)
-                if node not in old_of
-                for old in free
-                if (score := _likeness(node, old, old_of)) > 0
-            ),
-            key=lambda found: found[:2],
-            default=None,
-        )
-        if best is None:
-            return old_of
-        old_of[best[2]] = best[3]
-        del free[best[3]]
+    """Each node of ``after`` that was there before, with what it was then: what is surest first."""
+    matching = _Matching(before)
+    while any(matching.sweep(after, at_least) for at_least in (2.0, 1.01, 0.01)):
+        pass
+    return matching.old_of
 
 
-def _match_same(after: Graph, old_of: dict[Node, Node], free: dict[Node, None]) -> None:
-    """Match what does the same on inputs that are the same."""
-    by_key: dict[Any, list[Node]] = {}
-    for old in free:
-        by_key.setdefault((_does(old), tuple(_inputs(old))), []).append(old)
-    for node in after.nodes:
-        if node in old_of:
-            continue
-        candidates = by_key.get((_does(node), tuple(old_of.get(used) for used in _inputs(node))), [])
-        candidates = [old for old in candidates if old in free]
-        if candidates:
-            old_of[node] = next((old for old in candidates if old.name == node.name), candidates[0])
-            del free[old_of[node]]
+class _Matching:
+    def __init__(self, before: Graph) -> None:
+        self.old_of: dict[Node, Node] = {}
+        self._free = {node.name: node for node in before.nodes}
+        self._same: dict[Any, list[Node]] = {}  # by what they do, and on which inputs
+        for node in before.nodes:
+            self._same.setdefault((_does(node), tuple(_inputs(node))), []).append(node)
 
+    def sweep(self, after: Graph, at_least: float) -> bool:
+        """Match what does the same on the same inputs, and what is as like as ``at_least``; return whether any was.
 
-def _likeness(node: Node, old: Node, old_of: Mapping[Node, Node]) -> float:
-    """How much a node is like an earlier one whose inputs are others: 0 for not at all."""
-    if (node.op, node.target) != (old.op, old.target):
-        return 0.0
-    ours, theirs = _inputs(node), _inputs(old)
-    kept = sum(old_of.get(used) is then for used, then in zip(ours, theirs, strict=False))
-    return 2 * kept / max(len(ours), len(theirs), 1) + (node.name == old.name)
+        Where that is little, only the first: what follows it may then be the same.
+        """
+        found = False
+        for node in after.nodes:
+            if node in self.old_of:
+                continue
+            candidates = self._candidates(node)
+            best = max(candidates, key=lambda old: self._likeness(node, old), default=None)
+            if best is None or self._likeness(node, best) < at_least:
+                continue
+            is_sure = self._likeness(node, best) >= 2
+            self.old_of[node] = best
+            del self._free[best.name]
+            if not is_sure:
+                return True
+            found = True
+        return found
+
+    def _candidates(self, node: Node) -> list[Node]:
+        """What a node may have been: of the same name, on the same inputs, or on one of them."""
+        kept = [self.old_of.get(used) for used in _inputs(node)]
+        named = [self._free[node.name]] if node.name in self._free else []
+        same = self._same.get((_does(node), tuple(kept)), [])
+        users = [user for old in kept if old is not None for user in old.users]
+        candidates = dict.fromkeys([*named, *same, *users])
+        return [old for old in candidates if old.name in self._free and (old.op, old.target) == (node.op, node.target)]
+
+    def _likeness(self, node: Node, old: Node) -> float:
+        """From 0 to 3, which is the same under the same name, and 2.5 under another."""
+        kept, theirs = [self.old_of.get(used) for used in _inputs(node)], _inputs(old)
+        if kept == theirs and _does(node) == _does(old):
+            return 2.5 + 0.5 * (node.name == old.name)
+        shared = sum(ours is then for ours, then in zip(kept, theirs, strict=False))
+        return 1.4 * shared / max(len(kept), len(theirs), 1) + (node.name == old.name)
 
 
 def _does(node: Node) -> tuple[Any, ...]:

@@ -248,18 +248,22 @@ def _own_names(names: Sequence[str]) -> dict[str, str]:
 
 
 def _place_gradients(graph: Graph, made: nx.DiGraph, modules: Mapping[str, Module]) -> None:
-    """Put what autograd adds on its own, such as sums of gradients, into the innermost module around its inputs."""
+    """Put what autograd adds on its own into the module of its latest input; sums of gradients, into the one around it.
 
-    def around(module: str) -> list[str]:
-        return [*around(modules[module].parent or ""), module] if module else []
-
+    A sum joins the gradient that came along a residual connection with the one that a layer has just computed: it
+    belongs where that layer was called.
+    """
+    callers = {module.parent for module in modules.values()}
+    order = {node: index for index, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         data = made.nodes[node.name]
-        sources = [made.nodes[n.name] for n in node.all_input_nodes]
-        chains = [around(source["module"]) for source in sources if source["backward"]]
-        if node.op == "call_function" and not data["module"] and data["backward"] and chains:
-            shared = [steps[0] for steps in zip(*chains, strict=False) if len(set(steps)) == 1]
-            data["module"] = shared[-1] if shared else ""
+        inputs = [used for used in node.all_input_nodes if made.nodes[used.name]["backward"]]
+        if node.op == "call_function" and not data["module"] and data["backward"] and inputs:
+            module = made.nodes[max(inputs, key=order.__getitem__).name]["module"]
+            is_between = any(made.nodes[used.name]["module"] != module for used in inputs)
+            if module and module not in callers and is_between:
+                module = modules[module].parent or ""
+            data["module"] = module
 
 
 def _place_parameters(made: nx.DiGraph, modules: Mapping[str, Module], held: Mapping[str, list[str]]) -> None:

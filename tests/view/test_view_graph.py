@@ -182,6 +182,22 @@ def test_only_the_masks_of_a_joint_graph_are_tagged(sparse: nn.Module) -> None:
         assert not any(graph.nodes[g]["recompute"] for g in of_kind(graph, "gradient"))
 
 
+def test_a_sum_of_gradients_stands_where_the_layer_was_called() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.layer = nn.LayerNorm(4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.layer(self.norm(x))
+
+    model = nn.Sequential(Block(), Block(), nn.LayerNorm(4))
+    (versions,) = capture_graphs(model, torch.randn(3, 4, requires_grad=True), "joint").graphs
+    graph = versions["after"]
+    sums = [d for _, d in graph.nodes(data=True) if d["backward"] and d["label"] == "add"]
+    assert [graph.graph["modules"][d["module"]].label for d in sums] == ["1 backward", "0 backward"]
+
+
 def test_a_model_without_gradients_has_no_joint_graph(sparse: nn.Module) -> None:
     with pytest.raises(ValueError, match=r"no joint graph.*draw graph='forward'"):
         capture_graphs(sparse.requires_grad_(False), torch.randn(3, 4), "joint")

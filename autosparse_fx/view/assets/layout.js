@@ -19,7 +19,11 @@ globalThis.layoutGraph = (() => {
     for (const e of spec.edges) if (!e.light) graph.setEdge(e.source, e.target, {});
     dagre.layout(graph);
     const nodes = spec.nodes.map((n) => ({ ...n, x: graph.node(n.id).x, y: graph.node(n.id).y }));
-    const edges = spec.edges.map((e) => ({ ...e, points: e.light ? [] : graph.edge(e.source, e.target).points.map((p) => [p.x, p.y]) }));
+    const edges = spec.edges.map((e) => {
+      const points = e.light ? [] : graph.edge(e.source, e.target).points.map((p) => [p.x, p.y]);
+      const ys = points.map((p) => p[1]);
+      return { ...e, points, top: Math.min(...ys), bottom: Math.max(...ys) };
+    });
     return { nodes, edges };
   }
 
@@ -46,8 +50,8 @@ globalThis.layoutGraph = (() => {
     return found;
   }
 
-  // Heights at which a line from left to right meets no node, with what it would cost to cut there.
-  function candidates(spec, placed, clusters, ideal) {
+  // Heights at which a line from left to right meets no node, with the edges and clusters that it does meet.
+  function marksOf(placed, clusters) {
     const sorted = [...placed.nodes].sort((a, b) => a.y - a.height / 2 - (b.y - b.height / 2));
     const found = [];
     let bottom = -Infinity;
@@ -55,20 +59,20 @@ globalThis.layoutGraph = (() => {
       const top = n.y - n.height / 2;
       if (bottom > -Infinity && top > bottom + 4) {
         const y = (top + bottom) / 2;
-        const crossing = crossers(placed.edges, y).length;
-        let cost = 0.7 * Math.min(Math.max(crossing - 1, 0), 8);
-        for (const c of Object.values(clusters)) if (c.y0 < y && y < c.y1) cost += c.y1 - c.y0 < ideal ? 3 : 0.25;
-        found.push({ y, cost });
+        const split = Object.values(clusters).filter((c) => c.y0 < y && y < c.y1).map((c) => c.y1 - c.y0);
+        found.push({ y, crossing: crossers(placed.edges, y).length, split });
       }
       bottom = Math.max(bottom, n.y + n.height / 2);
     }
     return found;
   }
 
-  const crossers = (edges, y) => edges.filter((e) => {
-    const ys = e.points.map((p) => p[1]);
-    return Math.min(...ys) < y && y < Math.max(...ys);
-  });
+  // What a cut costs: edges that have to be led around, and clusters that would have fitted into a column.
+  const priced = (marks, ideal) => marks.map(({ y, crossing, split }) => ({
+    y, cost: 0.7 * Math.min(Math.max(crossing - 1, 0), 8) + split.reduce((sum, height) => sum + (height < ideal ? 3 : 0.25), 0),
+  }));
+
+  const crossers = (edges, y) => edges.filter((e) => e.top < y && y < e.bottom);
 
   // The cuts into `columns` columns of about the same height, by dynamic programming.
   function chooseCuts(marks, y0, y1, columns) {
@@ -93,8 +97,10 @@ globalThis.layoutGraph = (() => {
     const columnOf = (y) => cuts.filter((cut) => cut <= y).length;
     const columns = Array.from({ length: cuts.length + 1 }, () => ({ nodes: [], x0: Infinity, x1: -Infinity, y0: Infinity, y1: -Infinity }));
     for (const n of placed.nodes) columns[columnOf(n.y)].nodes.push(n);
-    const crossing = cuts.map((cut) => crossers(placed.edges, cut));
-    const far = new Set(crossing.filter((edges) => edges.length > MOST_ROUTED).flat());
+    const length = (e) => e.bottom - e.top;
+    const all = cuts.map((cut) => crossers(placed.edges, cut).sort((a, b) => length(a) - length(b)));
+    const far = new Set(all.flatMap((edges) => edges.slice(MOST_ROUTED)));  // the long ones, where there are too many
+    const crossing = all.map((edges) => edges.filter((e) => !far.has(e)).sort((a, b) => placed.edges.indexOf(a) - placed.edges.indexOf(b)));
     const reach = (c, x0, y0, x1, y1) => {
       c.x0 = Math.min(c.x0, x0); c.y0 = Math.min(c.y0, y0); c.x1 = Math.max(c.x1, x1); c.y1 = Math.max(c.y1, y1);
     };
@@ -165,15 +171,16 @@ globalThis.layoutGraph = (() => {
     const clusters = boxes(spec, placed.nodes, header);
     const y0 = Math.min(...placed.nodes.map((n) => n.y - n.height / 2));
     const y1 = Math.max(...placed.nodes.map((n) => n.y + n.height / 2));
+    const marks = marksOf(placed, clusters);
     let best = null;
     for (let columns = 1; columns <= (spec.columns ?? 14); columns++) {
-      const marks = candidates(spec, placed, clusters, (y1 - y0) / columns);
-      const cuts = columns > 1 ? chooseCuts(marks, y0, y1, columns) : { score: 0, cuts: [] };
+      const cuts = columns > 1 ? chooseCuts(priced(marks, (y1 - y0) / columns), y0, y1, columns) : { score: 0, cuts: [] };
       if (cuts.score === Infinity) break;
       const wrapped = wrap(spec, placed, cuts.cuts, header);
       const size = Math.max(wrapped.width / spec.aspect, wrapped.height);  // what has to fit: the smaller, the larger the text
       const score = Math.log(size) + 0.03 * cuts.score;
       if (!best || score < best.score) best = { ...wrapped, score };
+      if (wrapped.width > 3 * spec.aspect * wrapped.height) break;
     }
     best.nodes = spec.nodes.map((n) => best.nodes[n.id]);
     best.clusters = best.clusters.map((c) => ({ ...c, id: given.clusters[+c.id.slice(1)].id }));

@@ -3,7 +3,7 @@
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const $ = (id) => document.getElementById(id);
-  const FONT = 'system-ui, "DejaVu Sans", sans-serif', HEADER = 20, MOST_AT_FIRST = 60, MOST_RESULTS = 8;
+  const FONT = 'system-ui, "DejaVu Sans", sans-serif', HEADER = 20, MOST_AT_FIRST = 60, MOST_RESULTS = 8, MOST_ZOOM_TO_FIT = 1.5;
   const FOLDED = new Set(["parameter", "state", "saved"]);
   const RAMP = ["#fde725", "#bddf26", "#7ad151", "#44bf70", "#22a884", "#21918c", "#2a788e", "#355f8d", "#414487", "#482475", "#440154"]
     .map((hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16)));
@@ -33,10 +33,13 @@
     const branches = new Set();  // the modules that call modules
     const chain = (id) => { const found = []; for (let m = id || null; m != null; m = modules[m].parent) found.unshift(m); return found; };
     for (const n of nodes) { n.chain = chain(n.module); for (const m of n.chain) inside[m].push(n); for (const m of n.chain.slice(0, -1)) branches.add(m); }
-    model = { branches, nodes, edges, modules, byId, inside, into, chain };
+    const joined = new Set();  // to something besides parameters
+    model = { branches, joined, nodes, edges, modules, byId, inside, into, chain };
+    for (const [a, b] of edges) if (!isQuiet(byId[a]) && !isQuiet(byId[b])) joined.add(a).add(b);
   }
 
-  const isDrawn = (n) => state.folded || !(FOLDED.has(n.kind) || (n.kind === "output" && (model.into[n.id] || []).length > MOST_RESULTS));
+  const isQuiet = (n) => FOLDED.has(n.kind) || (n.kind === "output" && (model.into[n.id] || []).length > MOST_RESULTS);
+  const isDrawn = (n) => state.folded || !(isQuiet(n) || (n.kind === "op" && model.nodes.length > 1 && !model.joined.has(n.id)));
 
   function boxes(open) {
     const owner = Object.create(null), found = new Map();
@@ -146,7 +149,8 @@
 
   const isBackward = (id, view) => { const box = view.found.get(id); return box.node ? box.node.backward : model.modules[box.module].backward; };
 
-  // What the backward pass reads of the forward pass crosses everything, and places nothing; but for where it begins.
+  // Reads of a mask that another layer made, and what the backward pass reads of the forward pass, cross everything and
+  // place nothing; but for where the backward pass begins.
   function lighten(wires, view) {
     const goesOn = new Set(wires.filter((w) => !isBackward(w.target, view)).map((w) => w.source));
     const isInput = (id) => view.found.get(id).node?.kind === "input";
@@ -154,7 +158,9 @@
     const last = ends.filter((id) => !isInput(id)).pop();
     for (const w of wires) {
       const across = isBackward(w.target, view) && !isBackward(w.source, view);
-      w.light = across && w.source !== last && !(ends.includes(w.source) && isInput(w.source));
+      const [from, to] = [view.found.get(w.source), view.found.get(w.target)];
+      const shared = w.onlyMasks && (from.node?.kind !== "mask" || from.parent !== to.parent);
+      w.light = shared || across && w.source !== last && !(ends.includes(w.source) && isInput(w.source));
     }
   }
 
@@ -173,7 +179,8 @@
     for (const [a, b] of model.edges) {
       const [from, to] = [view.owner[a], view.owner[b]];
       if (!from || !to || from === to) continue;
-      edges.set(from + "\u0000" + to, { source: from, target: to });
+      const key = from + "\u0000" + to, others = edges.get(key)?.onlyMasks ?? true;
+      edges.set(key, { source: from, target: to, onlyMasks: others && model.byId[a].is_mask });
     }
     const wires = [...edges.values()];
     lighten(wires, view);
@@ -244,10 +251,15 @@
     const before = anchor && cy.getElementById(anchor).nonempty() ? cy.getElementById(anchor).renderedPosition() : null;
     const made = toCytoscape(elements());
     cy.batch(() => { cy.elements().remove(); cy.add(made); });
-    if (fit || !before) return cy.fit(undefined, 24);
+    if (fit || !before) return showAll();
     const id = anchor.slice(2).replace(/:\d+$/, "");
     const now = [anchor, "m:" + id, `r:${id}:0`].map((key) => cy.getElementById(key)).find((e) => e.nonempty());
     if (now) { const p = now.renderedPosition(); cy.panBy({ x: before.x - p.x, y: before.y - p.y }); }
+  }
+
+  function showAll() {
+    cy.fit(undefined, 24);
+    if (cy.zoom() > MOST_ZOOM_TO_FIT) { cy.zoom(MOST_ZOOM_TO_FIT); cy.center(); }
   }
 
   const targetOf = (element) => element.data("module") != null ? { module: element.data("module") }
@@ -351,7 +363,7 @@
     $("folded").addEventListener("change", () => { state.folded = $("folded").checked; draw({ fit: true }); });
     $("expand").addEventListener("click", () => step(1));
     $("collapse").addEventListener("click", () => step(-1));
-    $("fit").addEventListener("click", () => cy.fit(undefined, 24));
+    $("fit").addEventListener("click", showAll);
     const zoomBy = (factor) => cy.zoom({ level: cy.zoom() * factor, renderedPosition: { x: cy.width() / 2, y: cy.height() / 2 } });
     $("in").addEventListener("click", () => zoomBy(1.3));
     $("out").addEventListener("click", () => zoomBy(1 / 1.3));
