@@ -14,7 +14,7 @@ import autosparse_fx.ops  # noqa: F401  (the operators must exist before a graph
 from autosparse_fx import _compat
 from autosparse_fx._compat import placeholder_parameter
 from autosparse_fx.hidden.graph import MaskedCall, mark_weights
-from autosparse_fx.hidden.masks import Request, hidden_mask, undo
+from autosparse_fx.hidden.masks import Request, hidden_mask, undone_on_error
 from autosparse_fx.hidden.training import hook_optimizers
 from autosparse_fx.options import ONE_LINE_OPTIONS, parse_options
 from autosparse_fx.ownership import is_prepared
@@ -53,15 +53,12 @@ def autosparse(
     parsed = parse_options(mode, options)
     _refuse_unprepared_training(gm, parsed.request)
     graph = _compat.copy_dynamo_graph(gm)
-    made = mark_weights(graph, parsed.request)
-    try:
+    with undone_on_error():
+        mark_weights(graph, parsed.request)
         run_passes(graph, DYNAMO_PASSES, "dynamo")
         call = MaskedCall(graph, parsed.request)
         inputs = [*example_inputs, *call.example_state(example_inputs)]
         compiled = _compat.compile_with_inductor(graph, inputs, parsed.inductor, recompute_masks=parsed.recompute_masks)
-    except BaseException:
-        undo(made, parsed.request)
-        raise
     if parsed.request is not None:
         hook_optimizers()
     return call.bind(compiled)

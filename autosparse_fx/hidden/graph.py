@@ -17,15 +17,12 @@ from autosparse_fx.passes.insert_masks import STATE, WEIGHT, MaskSpec
 from autosparse_fx.passes.modes import is_written_to
 
 
-def mark_weights(gm: GraphModule, request: Request | None) -> list[nn.Parameter]:
+def mark_weights(gm: GraphModule, request: Request | None) -> None:
     """Mark the nodes of the weights that ``insert_masks`` is to mask.
 
     With a request those are all trainable weights that the graph multiplies by; also the ones that stay dense, by a
     rule or because they were finalized, since Dynamo may run one graph for several instances of a class. Without a
     request they are the weights that other graphs mask.
-
-    Returns:
-        The weights that have a mask since this call.
 
     Raises:
         RuntimeError: if the graph writes to a weight that is to be masked.
@@ -38,15 +35,13 @@ def mark_weights(gm: GraphModule, request: Request | None) -> list[nn.Parameter]
         and _may_be_masked(parameter)
     }
     found = find_weights(gm, parameters.__contains__)
-    made: list[nn.Parameter] = []
     if request is not None:
         weights = {parameters[node]: axis for node, axis in found.items()}
-        made = masks.register(weights, list(parameters.values()), request)
+        masks.register(weights, list(parameters.values()), request)
     for node, parameter in parameters.items():
         mask = masks.hidden_mask(parameter)
         if mask is not None and (node in found or _is_looked_up_in(node)):
             if is_written_to([node]):
-                masks.undo(made, request)
                 raise RuntimeError(
                     f"the model writes to its weight '{mask.weight.name}' inside forward, which a masked copy would "
                     f"lose: leave it dense with options={{'rules': {{{mask.weight.name!r}: None}}, ...}}, or write to "
@@ -56,7 +51,6 @@ def mark_weights(gm: GraphModule, request: Request | None) -> list[nn.Parameter]
             node.meta[WEIGHT] = MaskSpec(mask.plan.config.threshold_scale, mask.axis, channels)
         elif request is not None and node in found and parameter.is_floating_point():
             node.meta[WEIGHT] = MaskSpec(request.config.threshold_scale)
-    return made
 
 
 def _is_looked_up_in(node: Node) -> bool:

@@ -1,6 +1,7 @@
 """The masks of weights whose model was never prepared, found by the weight itself."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,7 +106,7 @@ def missed_weight(parameter: Tensor) -> str | None:
     return None if found is None else found[0]
 
 
-def register(weights: Mapping[nn.Parameter, int], around: list[nn.Parameter], request: Request) -> list[nn.Parameter]:
+def register(weights: Mapping[nn.Parameter, int], around: list[nn.Parameter], request: Request) -> None:
     """Give a mask to every weight that has none yet and that the rules do not leave dense.
 
     Args:
@@ -113,9 +114,6 @@ def register(weights: Mapping[nn.Parameter, int], around: list[nn.Parameter], re
         around: all trainable parameters of the graph: they tell which model it belongs to, and those that layers of
             other graphs multiply by (an embedding that is tied to a head) get their masks here as well.
         request: what to make sparse and how.
-
-    Returns:
-        The weights that got one; :func:`undo` takes it from them.
 
     Raises:
         ValueError: if a rule matches nothing in the model, or a weight is being made sparse already with another
@@ -130,7 +128,7 @@ def register(weights: Mapping[nn.Parameter, int], around: list[nn.Parameter], re
             )
     unseen = [p for p in (*weights, *around) if _registry.seen.get(p) != request]
     if not unseen and not any(map(_is_new, weights)):
-        return []
+        return
     found = places([*weights, *around])
     expected = _expected([found[id(p)].scope for p in (*weights, *around) if id(p) in found], found, request)
     axes = {**{p: expected[p][1] for p in around if p in expected}, **weights}
@@ -166,7 +164,6 @@ def register(weights: Mapping[nn.Parameter, int], around: list[nn.Parameter], re
             threshold, offset = new_mask(parameter, axis, weight)
             alpha = shared_alpha(plan, parameter.device)
         insert(parameter, HiddenMask(weight, request, plan, axis, threshold, offset, alpha))
-    return [parameter for parameter, *_ in made]
 
 
 def shared_alpha(plan: Plan, device: torch.device) -> Tensor:
@@ -181,14 +178,22 @@ def shared_alpha(plan: Plan, device: torch.device) -> Tensor:
     return alphas[device]
 
 
-def undo(made: list[nn.Parameter], request: Request | None) -> None:
-    """Take back what :func:`register` did, for a compilation that failed."""
-    for parameter in made:
-        release(parameter)
-    for parameter in [p for p, seen in _registry.seen.items() if seen == request]:
-        _registry.seen.pop(parameter, None)  # to be looked at again
-    for parameter in [p for p, (_, asked) in _registry.missed.items() if asked == request]:
-        _registry.missed.pop(parameter, None)
+@contextmanager
+def undone_on_error() -> Iterator[None]:
+    """Take back what was registered within it if it raises.
+
+    Dynamo raises not only where a compilation fails: it also does to begin one anew, and then what the graphs before
+    have registered has to stay.
+    """
+    masked = set(map(id, _registry.masks))
+    missed, dense, seen = _registry.missed.copy(), _registry.dense.copy(), _registry.seen.copy()
+    try:
+        yield
+    except BaseException:
+        for parameter in [parameter for parameter in _registry.masks if id(parameter) not in masked]:
+            release(parameter)
+        _registry.missed, _registry.dense, _registry.seen = missed, dense, seen
+        raise
 
 
 def insert(parameter: nn.Parameter, mask: HiddenMask) -> None:

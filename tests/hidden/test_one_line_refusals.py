@@ -130,3 +130,23 @@ def test_weight_of_a_tensor_subclass_is_refused() -> None:
     model.weight = nn.Parameter(TwoTensor(model.weight.detach(), model.weight.detach().clone()))
     text = error(one_line(model), X)
     assert "'weight'" in text and "TwoTensor" in text and not thresholds(model)
+
+
+def test_compiling_a_graph_anew_forgets_nothing() -> None:
+    """Dynamo begins the second graph again when ``p`` changes, and tells the backend so by raising."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor, p: float) -> Tensor:
+            return F.dropout(torch.compiler.disable(self.head)(self.body(x)), p)
+
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    compiled = one_line(model)
+    for p in (0.5, 0.25):
+        compiled(X, p).sum().backward()
+    assert set(thresholds(model)) == {"body.weight"}
+    assert "weight 'head.weight' [16, 16] is trained, but no compiled graph has masked it" in error(optimizer.step)
