@@ -148,6 +148,7 @@ def is_fixed(size: torch.SymInt, example: int) -> bool:
     import sympy
 
     symbol, shape_env = size.node.expr, size.node.shape_env
+    assert shape_env is not None
     if symbol in shape_env.replacements:
         return True
     equations = [guard.expr for guard in shape_env.guards if isinstance(guard.expr, sympy.Eq)]

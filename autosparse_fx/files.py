@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def checked_path(path: str | Path, suffixes: Sequence[str] = ()) -> Path:
+def checked_path(path: str | os.PathLike[str], suffixes: Sequence[str] = ()) -> Path:
     """Return ``path`` if a file can be written there, before any work is done for it.
 
     Raises:
@@ -17,7 +17,7 @@ def checked_path(path: str | Path, suffixes: Sequence[str] = ()) -> Path:
     """
     target = Path(path)
     if suffixes and target.suffix.lower() not in suffixes:
-        raise ValueError(f"{str(target)!r} must end in one of {', '.join(suffixes)}")
+        raise ValueError(f"{str(target)!r} must end in one of {', '.join(suffixes)}, which says what to write")
     if target.is_dir():
         raise IsADirectoryError(f"{str(target)!r} is a directory: give the name of a file in it")
     if not target.parent.is_dir():

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,7 +100,7 @@ class History:
             **{f"threshold/{name}": value for name, value in record.threshold.items()},
         }
 
-    def to_csv(self, path: str | Path) -> None:
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write one line for each record and weight: step, alpha, weight, numel, sparsity, threshold.
 
         Raises:
@@ -136,7 +137,7 @@ class History:
                 writer.add_scalar(f"autosparse_sparsity/{name}", value, record.step)
                 writer.add_scalar(f"autosparse_threshold/{name}", record.threshold[name], record.step)
 
-    def plot(self, path: str | Path) -> None:
+    def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw sparsity and alpha, the sparsity of each weight, and its cut, over the steps: PNG, SVG or PDF.
 
         Raises:

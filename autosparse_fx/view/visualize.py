@@ -2,11 +2,13 @@
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+
+from autosparse_fx.files import checked_path, written
 
 if TYPE_CHECKING:  # imported when they are needed: networkx alone takes as long as a tenth of torch
     import networkx as nx
@@ -53,8 +55,8 @@ def visualize(
         FileNotFoundError: if the directory is not there.
         ImportError: if a picture is asked for and the extra is not installed.
     """
-    target = Path(path)
-    suffix = _check(model, target, graph, version, depth)
+    target = checked_path(path, _SUFFIXES)
+    _check(model, target, graph, version, depth)
     from autosparse_fx.view.captures import capture_graphs
 
     captures = capture_graphs(getattr(model, "_orig_mod", model), example_inputs, graph)
@@ -64,20 +66,15 @@ def visualize(
             f"{'; '.join(captures.breaks) or 'no reason is known'}",
             stacklevel=2,
         )
-    _replace(target, lambda file: _write(captures, file, suffix, version, depth))
+    with written(target) as partial, partial.open("wb") as file:
+        _write(captures, file, target.suffix.lower(), version, depth)
     return [versions[version] for versions in captures.graphs]
 
 
-def _check(model: nn.Module, path: Path, graph: str, version: str, depth: int | None) -> str:
-    """Refuse what cannot be drawn before anything is computed; returns the suffix."""
+def _check(model: nn.Module, path: Path, graph: str, version: str, depth: int | None) -> None:
+    """Refuse what cannot be drawn before anything is computed."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"visualize draws an nn.Module, got {type(model).__name__}")
-    if path.suffix.lower() not in _SUFFIXES:
-        raise ValueError(f"cannot tell from {path.name!r} what to write: end the path in one of {', '.join(_SUFFIXES)}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no directory {str(path.parent)!r}: make it first, or choose another path")
-    if path.is_dir():
-        raise IsADirectoryError(f"{str(path)!r} is a directory: name a file")
     for name, value, known in (("graph", graph, GRAPHS), ("version", version, VERSIONS)):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
@@ -87,7 +84,6 @@ def _check(model: nn.Module, path: Path, graph: str, version: str, depth: int | 
         from autosparse_fx.view.picture import require
 
         require()
-    return path.suffix.lower()
 
 
 def _write(captures: "Captures", file: IO[bytes], suffix: str, version: str, depth: int | None) -> None:
@@ -104,14 +100,3 @@ def _write(captures: "Captures", file: IO[bytes], suffix: str, version: str, dep
     else:
         write = files.write_dot if suffix == ".dot" else files.write_graphml
         write(graphs, titles, file)
-
-
-def _replace(path: Path, write: Callable[[IO[bytes]], None]) -> None:
-    """Write a file so that it is there whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with unfinished.open("wb") as file:
-            write(file)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -183,9 +183,9 @@ def test_a_compiled_model_is_drawn_as_the_model(model: nn.Module, tmp_path: Path
     ("arguments", "error", "message"),
     [
         ({"path": "model.jpeg"}, ValueError, r"'model.jpeg'.*\.html, \.svg, \.png, \.dot, \.graphml"),
-        ({"path": "model"}, ValueError, "end the path in one of"),
-        ({"path": "nowhere/model.html"}, FileNotFoundError, "no directory .*nowhere.*: make it first"),
-        ({"path": "taken.html"}, IsADirectoryError, "is a directory: name a file"),
+        ({"path": "model"}, ValueError, "must end in one of"),
+        ({"path": "nowhere/model.html"}, FileNotFoundError, "nowhere.* is not there: make it first"),
+        ({"path": "taken.html"}, IsADirectoryError, "is a directory: give the name of a file"),
         ({"graph": "sideways"}, ValueError, "graph must be one of 'forward', 'joint', 'backward', got 'sideways'"),
         ({"version": "later"}, ValueError, "version must be one of 'before', 'after', got 'later'"),
         ({"depth": -1}, ValueError, "depth must be a number of levels"),
