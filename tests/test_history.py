@@ -95,7 +95,6 @@ def test_latest_is_flat_and_of_plain_numbers() -> None:
     assert (latest["step"], latest["alpha"]) == (7, 0.0)
     assert latest["sparsity"] == pytest.approx(autosparse_fx.sparsity(model))
     assert {type(value) for value in latest.values()} == {int, float}
-    json.dumps(latest)
 
 
 def test_tied_weights_are_recorded_once() -> None:
@@ -193,7 +192,7 @@ def expected_sparsities(model: nn.Module) -> dict[str, float]:
 @pytest.mark.usefixtures("without_inductor")
 @pytest.mark.parametrize("optimizers", [1, 2])
 def test_one_line_form(optimizers: int) -> None:
-    """Also where each of two optimizers steps a part of the model: one record holds all weights."""
+    """Also where two optimizers share the model: one record holds all weights."""
     model = reference.mlp(hidden=8)
     held = list(model.parameters())
     parts = [held] if optimizers == 1 else [held[:2], held[2:]]
@@ -331,9 +330,8 @@ def test_plot_of_cuts_that_are_zero(tmp_path: Path) -> None:
 
 def test_errors(tmp_path: Path) -> None:
     _, annealer = trained(1)
-    for path in (tmp_path / "a.jpg", tmp_path / "a"):
-        with pytest.raises(ValueError, match=r"must end in one of \.png, \.svg, \.pdf"):
-            annealer.history.plot(path)
+    with pytest.raises(ValueError, match=r"must end in one of \.png, \.svg, \.pdf"):
+        annealer.history.plot(tmp_path / "a.jpg")
     for write in (annealer.history.plot, annealer.history.to_csv):
         with pytest.raises(FileNotFoundError, match=r"missing.* is not there: make it first"):
             write(tmp_path / "missing" / "a.png")
@@ -345,7 +343,7 @@ def test_errors(tmp_path: Path) -> None:
 def test_empty(tmp_path: Path) -> None:
     history = History()
     history.to_csv(str(tmp_path / "a.csv"))
-    assert (tmp_path / "a.csv").read_text().splitlines() == ["step,alpha,weight,numel,sparsity,threshold"]
+    assert (tmp_path / "a.csv").read_text() == "step,alpha,weight,numel,sparsity,threshold\n"
     assert (history.latest(), len(history), list(history)) == ({}, 0, [])
     history.to_tensorboard(writer := Writer())
     assert writer.scalars == [] and same(History.from_state(history.state()), history)
