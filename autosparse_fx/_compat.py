@@ -3,6 +3,7 @@
 Versions: torch 2.11.0 (the oldest supported) and 2.15.0.
 """
 
+import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -202,6 +203,26 @@ def capturing_everything() -> Any:
     return torch._dynamo.config.patch(
         recompile_limit=2**31, accumulated_recompile_limit=2**31, allow_rnn=True, automatic_dynamic_shapes=False
     )
+
+
+def compile_apart(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compile`` whose compilations do not count for the recompile limit of others. 2.15; on 2.11 they do."""
+    apart = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    options: dict[str, Any] = {"isolate_recompiles": True} if apart else {}
+    compiled: Callable[..., Any] = torch.compile(function, backend=backend, **options)
+    return compiled
+
+
+def python_dispatcher() -> Any:
+    """Within it operators that are made of others take symbolic sizes as they are. 2.11-2.15."""
+    from torch._dispatch.python import enable_python_dispatcher
+
+    return enable_python_dispatcher()
+
+
+def without_wrapper(model: nn.Module) -> nn.Module:
+    """The model itself, where ``torch.compile(model)`` was given. 2.11-2.15."""
+    return getattr(model, "_orig_mod", model) if type(model).__name__ == "OptimizedModule" else model
 
 
 @contextmanager

@@ -187,16 +187,16 @@ class GradientAnnealing:
             self._record()
 
     def _record(self) -> None:
-        weights = {
-            id(stored_weight(module, slot)): (
-                module._autosparse.weights[slot.name].name,
-                stored_weight(module, slot).detach(),
-                logit(module, slot).detach(),
-            )
-            for _, module in self._modules
-            for slot in module._autosparse_slots
-        }
-        self.history.add(self._count, self.alpha, list(weights.values()))
+        weights: dict[int, tuple[str, str, Tensor, Tensor]] = {}
+        for prefix, module in self._modules:
+            for slot in module._autosparse_slots:
+                stored = stored_weight(module, slot)
+                name, path = module._autosparse.weights[slot.name].name, f"{prefix}.{slot.name}"
+                weights.setdefault(id(stored), (name, path, stored.detach(), logit(module, slot).detach()))
+        names = {name for name, *_ in weights.values()}
+        apart = len(names) < len(weights)  # parts that were prepared on their own, by the same names
+        rows = [(path if apart else name, stored, s) for name, path, stored, s in weights.values()]
+        self.history.add(self._count, self.alpha, rows)
 
     def _settling(self) -> bool:
         return self._count >= self._config.alpha_end * self.total_steps

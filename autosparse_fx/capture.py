@@ -54,6 +54,7 @@ def capture(
     Raises:
         ValueError: if the model cannot be run on the inputs, or a dynamic dimension cannot stay a symbol.
     """
+    model = _compat.without_wrapper(model)
     found = Capture()
     tensors = {id(t): name for name, t in [*model.named_buffers(), *model.named_parameters()]}
     inputs, symbols = _mark_dynamic(example_inputs, dynamic_shapes)
@@ -86,8 +87,8 @@ def capture(
 
         return call
 
-    with _compat.graph_break_reasons() as reasons, torch.enable_grad():
-        _run(model, inputs, backend)
+    with _compat.graph_break_reasons() as reasons, torch.inference_mode(False), torch.enable_grad():
+        _run(model, inputs, backend, layers=True)
     found.breaks = reasons
     if fixed_sizes:
         raise ValueError(
@@ -131,34 +132,46 @@ def _rewritten(gm: GraphModule) -> GraphModule:
     return graph
 
 
-def _run(model: nn.Module, example_inputs: Any, backend: Callable[..., Any]) -> None:
-    """Call the model under ``backend``, and put back what that changed."""
+def _run(model: nn.Module, example_inputs: Any, backend: Callable[..., Any], *, layers: bool = False) -> None:
+    """Call the model under ``backend``, and put back what that changed.
+
+    With ``layers`` also those are captured that Dynamo would leave to eager mode where code between graphs calls them.
+    """
     args, kwargs = _as_call(example_inputs)
     with _restored(model), _compat.capturing_everything(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is to be said of the model is said where it is used
+        for module in model.modules() if layers else ():
+            if not module._modules and type(module).__module__.startswith(("torch.nn.", "autosparse_fx.")):
+                call: Any = module._call_impl
+                module._compiled_call_impl = _compat.compile_apart(call, backend)
         try:
             # Not the model itself: Dynamo would leave a recurrent layer alone that is called on its own.
-            torch.compile(lambda: model(*args, **kwargs), backend=backend)()
+            _compat.compile_apart(lambda: model(*args, **kwargs), backend)()
         except Exception as error:
+            first = str(error).strip().partition("\n\n")[0]
             raise ValueError(
-                f"{type(model).__name__} could not be run on the example_inputs ({type(error).__name__}: {error}); "
+                f"{type(model).__name__} could not be run on the example_inputs ({type(error).__name__}: {first}); "
                 "they must be the arguments of one call of the model: a tensor, a tuple, or a dict of keyword arguments"
             ) from error
 
 
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
+    held = [(m, dict(m._buffers)) for m in model.modules()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    compiled = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl is not None}
+    key = "_compiled_call_impl"  # set on a module that was compiled in place, which would hide its code from ours
+    compiled = {m: m.__dict__.pop(key) for m in model.modules() if key in m.__dict__}
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
-        for module in compiled:  # a model compiled by Module.compile() would hide its code from ours
-            module._compiled_call_impl = None
         with torch.random.fork_rng(devices=list(devices)):
             yield
     finally:
+        for module, _ in held:
+            module.__dict__.pop(key, None)
         for module, implementation in compiled.items():
-            module._compiled_call_impl = implementation
+            module.__dict__[key] = implementation
+        for module, own in held:  # a model may put new tensors in their place
+            module._buffers.update(own)
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
@@ -180,7 +193,7 @@ def _mark_dynamic(example_inputs: Any, dynamic_shapes: Any) -> tuple[Any, dict[i
     inputs: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
     if not isinstance(dynamic_shapes, Mapping):
         shapes: dict[Any, Any] = dict(enumerate(dynamic_shapes))
-    elif not kwargs and all(isinstance(key, int) for key in dynamic_shapes):
+    elif len(args) == 1 and all(isinstance(name, str) for name in dynamic_shapes.values()):
         shapes = {0: dynamic_shapes}  # of the only input
     else:
         shapes = dict(dynamic_shapes)
@@ -188,10 +201,12 @@ def _mark_dynamic(example_inputs: Any, dynamic_shapes: Any) -> tuple[Any, dict[i
     if unknown:
         raise ValueError(f"dynamic_shapes names the inputs {unknown}, and the example_inputs are {list(inputs)}")
     symbols: dict[int, dict[int, str]] = {}
+    examples: dict[str, int] = {}
     for key, names in shapes.items():
         if not names:
             continue
-        if not isinstance(names, Mapping) or not isinstance(inputs[key], Tensor):
+        known = isinstance(names, Mapping) and all(isinstance(name, str) for name in names.values())
+        if not known or not isinstance(inputs[key], Tensor):
             raise ValueError(
                 f"dynamic_shapes[{key!r}] must be {{dimension: name}} for an input that is a tensor, got {names!r} for "
                 f"{type(inputs[key]).__name__}"
@@ -205,7 +220,12 @@ def _mark_dynamic(example_inputs: Any, dynamic_shapes: Any) -> tuple[Any, dict[i
                     f"dynamic_shapes[{key!r}]: {name!r} is {view.shape[dimension]} in the example_inputs, and sizes 0 "
                     "and 1 are special to the compiler: give an example of at least 2"
                 )
+            if examples.setdefault(name, view.shape[dimension]) != view.shape[dimension]:
+                raise ValueError(
+                    f"dynamic_shapes[{key!r}]: {name!r} is {view.shape[dimension]} here and {examples[name]} in "
+                    "another place of the example_inputs: give them two names, or one size"
+                )
             torch._dynamo.maybe_mark_dynamic(view, dimension % view.dim())
-            symbols.setdefault(id(view), {})[dimension % view.dim()] = str(name)
+            symbols.setdefault(id(view), {})[dimension % view.dim()] = name
         inputs[key] = view
     return (inputs if kwargs else tuple(inputs.values())), symbols

@@ -1,6 +1,7 @@
 """Files that are written whole or not at all."""
 
 import os
+import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,15 +28,24 @@ def checked_path(path: str | os.PathLike[str], suffixes: Sequence[str] = ()) -> 
 
 @contextmanager
 def written(target: Path) -> Iterator[Path]:
-    """A temporary file beside ``target`` that takes its place when the block ends without an error."""
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=target.suffix)
+    """A temporary file that takes the place of ``target`` when the block ends without an error.
+
+    As with ``open``, a link is followed, and a file that is there keeps its permissions.
+    """
+    target = target.resolve()
+    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=".autosparse-", suffix=target.suffix)
     os.close(descriptor)
     partial = Path(name)
     try:
         yield partial
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o666 & ~umask)  # mkstemp's are private
+        partial.chmod(stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o666 & ~_umask())
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """What new files are not permitted; it can only be read by setting it."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask

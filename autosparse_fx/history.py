@@ -173,7 +173,8 @@ class History:
             layers.plot(at, [record.sparsity[name] for record in known], label=name, color=color, linewidth=1)
             cuts.plot(at, [record.threshold[name] for record in known], label=name, color=color, linewidth=1)
         layers.set(title="sparsity of each weight, first to last", ylim=(-0.02, 1.02))
-        cuts.set(title="its cut, sigmoid(s)", yscale="log")
+        positive = any(cut > 0 for record in records for cut in record.threshold.values())
+        cuts.set(title="its cut, sigmoid(s)", yscale="log" if positive else "linear")
         if len(names) <= 8:
             layers.legend(fontsize="small", frameon=False)
         for axes in (whole, layers, cuts):

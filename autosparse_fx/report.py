@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from autosparse_fx import _compat
 from autosparse_fx.attach import masked_modules
 from autosparse_fx.hidden.masks import all_masked_modules
 from autosparse_fx.history import History
@@ -50,6 +51,7 @@ def report(
     """
     if unit not in UNITS:
         raise ValueError(f"unit must be one of {', '.join(map(repr, UNITS))}, got {unit!r}")
+    model = _compat.without_wrapper(model)
     found = _count_zeros(model)
     if history is not None:
         found = replace(found, history=history)
@@ -141,7 +143,7 @@ def _with_costs(found: SparsityReport, flops: "ModelFlops", unit: str) -> Sparsi
         costs[key] = costs.get(key, Cost(0, 0)) + part
     layers = tuple(replace(layer, cost=costs.pop(layer.name, Cost(0, 0))) for layer in found.layers)
     training = None
-    if len(found.history):
+    if any(name in here.weights for name in found.history.numel):
         records = found.history.records
         training = training_flops(
             here, [r.step for r in records], [r.alpha for r in records], [r.sparsity for r in records]

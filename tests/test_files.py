@@ -61,7 +61,6 @@ def test_a_name_relative_to_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (tmp_path / "out.csv").read_text() == "new"
 
 
-@pytest.mark.xfail(strict=True, reason="the link itself is replaced, and what it leads to stays old")
 def test_a_link_is_followed(tmp_path: Path) -> None:
     """As it is by open()."""
     (tmp_path / "real.csv").write_text("old")
@@ -72,7 +71,6 @@ def test_a_link_is_followed(tmp_path: Path) -> None:
     assert (tmp_path / "real.csv").read_text() == "new"
 
 
-@pytest.mark.xfail(strict=True, reason="they become those of a new file")
 def test_an_old_file_keeps_its_permissions(tmp_path: Path) -> None:
     """One that was made private stays so."""
     target = tmp_path / "out.csv"
@@ -83,7 +81,6 @@ def test_an_old_file_keeps_its_permissions(tmp_path: Path) -> None:
     assert target.stat().st_mode & 0o777 == 0o600
 
 
-@pytest.mark.xfail(strict=True, raises=OSError, reason="the temporary name is the whole name and more")
 def test_a_name_as_long_as_names_may_be(tmp_path: Path) -> None:
     target = tmp_path / ("x" * 251 + ".csv")
     with written(target) as partial:

@@ -225,9 +225,6 @@ def test_one_line_form_saved_and_loaded(tmp_path: Path) -> None:
     assert [record.step for record in hidden_history(twin)] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="names are those that each part had when it was prepared, and one overwrites the other"
-)
 def test_two_parts_that_were_prepared_apart() -> None:
     parts = nn.ModuleList(sparsify(reference.mlp(hidden=8), AutoSparse(target_sparsity=0.5)) for _ in range(2))
     optimizer = SGD(parts.parameters(), lr=0.05)
@@ -238,9 +235,6 @@ def test_two_parts_that_were_prepared_apart() -> None:
 
 
 @pytest.mark.usefixtures("without_inductor")
-@pytest.mark.xfail(
-    strict=True, reason="the annealer of one optimizer takes all masks of the same options for one model"
-)
 def test_two_one_line_models_of_one_optimizer() -> None:
     models = [reference.mlp(hidden=8) for _ in range(2)]
     optimizer = SGD([p for model in models for p in model.parameters()], lr=0.05)
@@ -318,9 +312,6 @@ def test_plot(suffix: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.xfail(
-    strict=True, raises=UserWarning, reason="matplotlib warns that a log scale has nothing positive on it"
-)
 def test_plot_of_cuts_that_are_zero(tmp_path: Path) -> None:
     """As STR starts them: sigmoid(-3200) is 0."""
     pytest.importorskip("matplotlib")

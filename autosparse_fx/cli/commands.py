@@ -28,7 +28,7 @@ def flops(args: argparse.Namespace) -> None:
     model, inputs, _ = make_model(args.model, args.weights, args.input)
     dynamic, inputs = _dynamic_shapes(args.dynamic, inputs)
     counted = count_flops(model.train(args.train), inputs, dynamic)
-    sparsities = _sparsities(args.sparsity, counted) if args.sparsity else _zeros(model)
+    sparsities = _sparsities(args.sparsity, counted) if args.sparsity else _zeros(model, counted)
     factor, unit = (1, "MACs") if args.macs else (2, "FLOPs")
     pooling = counted.pooling if args.macs else 0
     parts = {
@@ -66,8 +66,9 @@ def graph(args: argparse.Namespace) -> None:
     print(f"wrote {args.output}")
 
 
-def _zeros(model: Any) -> dict[str, float]:
-    return {layer.name: layer.sparsity for layer in autosparse_fx.report(model).layers}
+def _zeros(model: Any, counted: ModelFlops) -> dict[str, float]:
+    layers = autosparse_fx.report(model).layers
+    return {layer.name: layer.sparsity for layer in layers if layer.name in counted.weights}
 
 
 def _sparsities(text: str, counted: ModelFlops) -> dict[str, float]:
@@ -80,12 +81,6 @@ def _sparsities(text: str, counted: ModelFlops) -> dict[str, float]:
             raise ValueError(f"{text!r} must hold a JSON object of fractions by the names of weights") from None
     else:
         found = dict.fromkeys(counted.weights, everywhere)
-    unknown = [name for name in found if name not in counted.weights]
-    if unknown:
-        raise ValueError(
-            f"--sparsity names {unknown[0]!r}, which the model does not multiply by; it has "
-            + ", ".join(counted.weights[:5])
-        )
     wrong = {name: value for name, value in found.items() if not isinstance(value, (int, float)) or not 0 <= value <= 1}
     if wrong:
         name, value = next(iter(wrong.items()))

@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from autosparse_fx import _compat
 from autosparse_fx.capture import Capture, CapturedGraph, capture
-from autosparse_fx.flops.formulas import LAYERS, POOLING, PRODUCTS, Formula, Term
+from autosparse_fx.flops.formulas import LAYERS, POOLING, PRODUCTS, Formula, Term, size
 from autosparse_fx.flops.model import ModelFlops
 from autosparse_fx.flops.product import Operand, Product, size_symbol
 
@@ -39,7 +39,8 @@ def count_flops(
 
     Counted are convolutions, matrix products, attention and recurrent layers, and the additions of average pooling
     apart; a multiply-accumulate (MAC) is 2 FLOPs. Normalizations, activations, embeddings, the masks themselves and
-    the optimizer are not. A causal mask saves nothing; of the branches of ``torch.cond`` each is counted.
+    the optimizer are not. A causal mask saves nothing; of the branches of ``torch.cond`` each is counted, and of a
+    ``while_loop`` one step.
 
     Args:
         model: dense, prepared, one-line or finalized, in training or eval mode as it is.
@@ -61,7 +62,8 @@ def count_captured(captured: Capture) -> ModelFlops:
         for call, names in enumerate(graph.calls):
             products += [_named(product, call, names) for product in counted]
     names = {symbol: size_symbol(name) for symbol, name in captured.names.items()}
-    products = [replace(p, macs=_readable(p.macs.subs(names))) for p in products]
+    _refuse_fixed_sizes(captured)
+    products = [replace(p, macs=_readable(p.macs.xreplace(names))) for p in products]
     return ModelFlops(tuple(products), len(captured.graphs), tuple(captured.breaks), captured.sizes)
 
 
@@ -75,7 +77,7 @@ def _count_graph(graph: CapturedGraph, index: int) -> list[Product]:
     recorder = _Recorder(index)
     for node, value in zip(placeholders, inputs, strict=True):
         recorder.start(node.name, value, data=node.name not in graph.calls[0])
-    with fake_mode, torch.enable_grad(), recorder:
+    with fake_mode, _compat.python_dispatcher(), torch.inference_mode(False), torch.enable_grad(), recorder:
         _Runner(graph.gm, recorder, fake_mode).run(*inputs, enable_io_processing=False)
     return recorder.products
 
@@ -83,15 +85,16 @@ def _count_graph(graph: CapturedGraph, index: int) -> list[Product]:
 class _Runner(Interpreter):
     """Runs a Dynamo graph node by node, so that each operator is known to belong to a node."""
 
-    def __init__(self, gm: GraphModule, recorder: "_Recorder", fake_mode: Any) -> None:
+    def __init__(self, gm: GraphModule, recorder: "_Recorder", fake_mode: Any, *, has_backward: bool = False) -> None:
         super().__init__(gm, garbage_collect_values=False)
+        self._has_backward = has_backward  # of its own, and runs without gradients for that
         self._recorder = recorder
         self._fake_mode = fake_mode
 
     def run_node(self, n: Node) -> Any:
         if n.op in ("call_function", "call_method"):
             self._recorder.node = n
-            self._recorder.grad_enabled = torch.is_grad_enabled()
+            self._recorder.grad_enabled = self._has_backward or torch.is_grad_enabled()
         value = super().run_node(n)
         if n.op == "get_attr" and isinstance(value, Tensor) and not isinstance(value, _compat.FakeTensor):
             value = self._fake_mode.from_tensor(value)
@@ -127,18 +130,38 @@ class _Runner(Interpreter):
         node = self._recorder.node
         assert node is not None
         graphs = [arg for arg in args if isinstance(arg, GraphModule)]
+        repeats: Any = 1
+        if str(node.target) == "scan":  # its graph, what it carries, what it goes through step by step, and the rest
+            repeats = size(args[2][0])[0]
+            args = (args[0], args[1], [x.select(0, 0) for x in args[2]], *args[3:])
         operands = [leaf for leaf in tree_leaves(args) if not isinstance(leaf, (GraphModule, str))]
-        for gm in graphs:
+        before = len(self._recorder.products)
+        has_backward = str(node.target) == "autograd_function_apply"
+        for gm in graphs[:1] if has_backward else graphs:  # the second is its backward pass
             wanted = sum(inner.op == "placeholder" for inner in gm.graph.nodes)
             if wanted <= len(operands):
                 inputs = operands[len(operands) - wanted :]
-                _Runner(gm, self._recorder, self._fake_mode).run(*inputs, enable_io_processing=False)
+                runner = _Runner(gm, self._recorder, self._fake_mode, has_backward=has_backward)
+                runner.run(*inputs, enable_io_processing=False)
             self._recorder.node = node
-            if str(node.target) == "autograd_function_apply":  # the second is its backward pass
-                break
+        inside = self._recorder.products[before:]
+        self._recorder.products[before:] = [replace(product, macs=product.macs * repeats) for product in inside]
         out = node.meta["example_value"]
+        self._recorder.grad_enabled = torch.is_grad_enabled()
         self._recorder.follow(None, tree_leaves(args), out)
         return out
+
+
+def _refuse_fixed_sizes(captured: Capture) -> None:
+    for graph in captured.graphs[:1]:  # where there are names there is one graph
+        for node in graph.gm.graph.nodes:
+            shape = getattr(node.meta.get("example_value"), "shape", ()) if node.op == "placeholder" else ()
+            for dim in shape:
+                name = captured.names.get(dim.node.expr) if isinstance(dim, torch.SymInt) else None
+                if name is not None and _compat.is_fixed(dim, captured.sizes[name]):
+                    raise ValueError(
+                        f"the model fixes {name!r} to {captured.sizes[name]}: leave it out of dynamic_shapes"
+                    )
 
 
 @dataclass(frozen=True)
@@ -174,9 +197,14 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        formula = PRODUCTS.get(getattr(func, "overloadpacket", None))
+        if formula is None and torch.is_inference_mode_enabled() and getattr(func, "namespace", "") == "aten":
+            with self:  # there operators come as the user called them
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
         out = func(*args, **kwargs)
         if not self.paused and hasattr(func, "overloadpacket"):
-            formula = PRODUCTS.get(func.overloadpacket)
             if formula is not None:
                 self.add(str(func.overloadpacket), formula(args, kwargs, out), pooling=False)
             self.follow(func, tree_leaves((args, kwargs)), out)
@@ -185,12 +213,11 @@ class _Recorder(TorchDispatchMode):
     def add(self, op: str, terms: Iterable[Term], *, pooling: bool) -> None:
         """Note the products of the present node."""
         assert self.node is not None
-        terms = list(terms)
-        known = [self._trace(t) for term in terms for t in term.operands if t is not None]
-        inner = Operand(needs_grad=self.grad_enabled and any(trace.needs_grad for trace in known))
-        place = module_path(self.node)
+        place = module_path(self.node) or self.node.name
+        inner = Operand()
         for term in terms:
             operands = tuple(inner if t is None else self._operand(t) for t in term.operands)
+            inner = Operand(needs_grad=inner.needs_grad or any(operand.needs_grad for operand in operands))
             self.products.append(Product(self._graph, 0, self.node.name, op, place, term.macs, operands, pooling))
 
     def follow(self, func: Any, inputs: Iterable[Any], outputs: Any) -> None:
@@ -200,7 +227,7 @@ class _Recorder(TorchDispatchMode):
         weights: tuple[tuple[str, int], ...] = ()
         if packet is torch.ops.autosparse.threshold_mask:
             weights = traces[0].weights
-        elif func is not None and (packet in _KEEPS_ZEROS or func.is_view):
+        elif func is not None and (packet in _KEEPS_ZEROS or func.is_view) and all(trace.weights for trace in traces):
             weights = tuple(dict.fromkeys(weight for trace in traces for weight in trace.weights))
         data = any(trace.data for trace in traces)
         parameter = not data and any(trace.parameter for trace in traces)

@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 
 class Term(NamedTuple):
-    """A product of two operands; None for one that arises inside the operation, an activation."""
+    """A product of two operands; None for an activation that arises inside the operation, from the terms before."""
 
     macs: sympy.Expr
     operands: tuple[Tensor | None, ...]
@@ -33,6 +33,11 @@ def size(tensor: Tensor) -> list[sympy.Expr]:
 
 def numel(tensor: Tensor) -> sympy.Expr:
     return sympy.prod(size(tensor))
+
+
+def _operand(args: Sequence[Any], kwargs: Mapping[str, Any], position: int, name: str) -> Any:
+    """An argument of a function, however it was passed."""
+    return args[position] if position < len(args) else kwargs[name]
 
 
 def _matrix_product(first: int) -> Formula:
@@ -62,7 +67,26 @@ def _attention(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> list
     return [Term(pairs * size(q)[-1], (q, k)), Term(pairs * size(v)[-1], (None, v))]
 
 
+def _native_attention(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> list[Term]:
+    """The fast path of ``nn.MultiheadAttention``: projections, attention over all heads, projection."""
+    q, k, width, qkv, projection = args[0], args[1], args[3], args[5], args[7]
+    rows = numel(q) / size(q)[-1]
+    pairs = rows * size(k)[-2] * width
+    parts = [Term(rows * numel(qkv), (q, qkv)), Term(pairs, (None, None)), Term(pairs, (None, None))]
+    return [*parts, Term(rows * numel(projection), (None, projection))]
+
+
+def _encoder_layer(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> list[Term]:
+    """The fast path of ``nn.TransformerEncoderLayer``: attention, and two linear layers."""
+    x, width, heads, qkv, qkv_bias, projection = args[:6]
+    attention = _native_attention((x, x, x, width, heads, qkv, qkv_bias, projection), {}, out)
+    rows = numel(x) / size(x)[-1]
+    return [*attention, *(Term(rows * numel(args[i]), (None, args[i])) for i in (14, 16))]
+
+
 PRODUCTS: dict[Any, Formula] = {
+    aten._native_multi_head_attention: _native_attention,
+    aten._transformer_encoder_layer_fwd: _encoder_layer,
     **{op: _matrix_product(0) for op in (aten.mm, aten.bmm, aten.mv, aten.dot, aten.vdot)},
     **{op: _matrix_product(1) for op in (aten.addmm, aten.baddbmm, aten.addmv)},
     aten.addbmm: _addbmm,
@@ -107,7 +131,7 @@ def _cell(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> list[Term
 
 def _bilinear(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> list[Term]:
     """``sum_ij a_i W_oij b_j``: first with a, then with b."""
-    a, b, weight = args[:3]
+    a, b, weight = (_operand(args, kwargs, i, name) for i, name in enumerate(("input1", "input2", "weight")))
     rows = numel(a) / size(a)[-1]
     return [Term(rows * numel(weight), (a, weight)), Term(rows * size(weight)[0] * size(b)[-1], (None, b))]
 
@@ -116,16 +140,18 @@ def _average_pool(dims: int) -> Formula:
     """One addition for each element of each window."""
 
     def terms(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> list[Term]:
-        kernel = args[1] if len(args) > 1 else kwargs["kernel_size"]
-        window = sympy.prod(kernel) if isinstance(kernel, (list, tuple)) else sympy.Integer(kernel) ** dims
-        return [Term(numel(out) * window, (args[0],))]
+        kernel = _operand(args, kwargs, 1, "kernel_size")
+        sizes = list(kernel) if isinstance(kernel, (list, tuple)) else [kernel]
+        window = sympy.prod(sizes * dims if len(sizes) == 1 else sizes)
+        return [Term(numel(out) * window, (_operand(args, kwargs, 0, "input"),))]
 
     return terms
 
 
 def _adaptive_average_pool(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> list[Term]:
     """Every element of the input is added once."""
-    return [Term(numel(args[0]), (args[0],))]
+    x = _operand(args, kwargs, 0, "input")
+    return [Term(numel(x), (x,))]
 
 
 LAYERS: dict[Any, Formula] = {

@@ -72,18 +72,27 @@ class ModelFlops:
         return {name: self._total(products, sparse=sparse) for name, products in layers.items()}
 
     def evaluate(
-        self, count: sympy.Expr, sparsities: Mapping[str, float] | None = None, **sizes: int
+        self, count: sympy.Expr, sparsities: Mapping[str, float] | None = None, /, **sizes: int
     ) -> sympy.Expr | int | float:
         """Put sizes and sparsities into a count; a weight that is not named is dense.
 
         Returns:
             A number; an expression while sizes are missing.
+
+        Raises:
+            ValueError: naming a size or a weight that the counts do not depend on.
         """
         known = sparsities or {}
         values = {sparsity_symbol(name): known.get(name, 0) for name in self.weights}
-        unknown = [name for name in sizes if name not in self.sizes]
+        unknown = [name for name in sizes if name not in self.sizes and name not in self.example_sizes]
         if unknown:
             raise ValueError(f"the counts depend on {', '.join(self.sizes) or 'no sizes'}, not on {', '.join(unknown)}")
+        strangers = [name for name in known if name not in self.weights]
+        if strangers:
+            raise ValueError(
+                f"the model does not multiply by {', '.join(map(repr, strangers[:3]))}; its weights are "
+                f"{', '.join(self.weights[:5])}{', ...' if len(self.weights) > 5 else ''}"
+            )
         values |= {size_symbol(name): size for name, size in sizes.items()}
         result = count.subs(values)
         if not result.is_number:

@@ -35,12 +35,15 @@ class TrainingFlops:
     @property
     def fraction(self) -> float:
         """Of a dense training."""
-        return self.sparse / self.dense
+        return self._of_dense(self.sparse)
 
     @property
     def other_fractions(self) -> dict[str, float]:
         """Of a dense training, by method."""
-        return {name: macs / self.dense for name, macs in self.others.items()}
+        return {name: self._of_dense(macs) for name, macs in self.others.items()}
+
+    def _of_dense(self, macs: float) -> float:
+        return macs / self.dense if self.dense else 1.0
 
 
 def training_flops(
@@ -55,12 +58,21 @@ def training_flops(
         sparsities: of each weight by its full name, at each record.
 
     Raises:
-        ValueError: if there is no record, steps do not rise, or the counts depend on dynamic sizes.
+        ValueError: if there is no record, steps do not rise, the history has none of the model's weights, or the counts
+            depend on dynamic sizes.
     """
     if not steps:
         raise ValueError("the history holds no records: train with GradientAnnealing first")
     if flops.sizes:
         raise ValueError(f"the counts depend on {', '.join(flops.sizes)}: count without dynamic_shapes")
+    if not len(steps) == len(alphas) == len(sparsities):
+        raise ValueError(f"{len(steps)} steps, {len(alphas)} alphas and {len(sparsities)} sparsities make no records")
+    recorded = {name for known in sparsities for name in known}
+    if recorded and not recorded & set(flops.weights):
+        raise ValueError(
+            f"the history is of {', '.join(sorted(recorded)[:3])}, ..., and the model multiplies by "
+            f"{', '.join(flops.weights[:3]) or 'nothing'}, ...: is it of another model, or recorded in a wrapper?"
+        )
     if any(later <= earlier for earlier, later in zip((0, *steps), steps, strict=False)):
         raise ValueError(f"the records of the history must be at rising steps from 1 on, got {list(steps)[:5]}")
     parts = _Parts(flops)

@@ -89,7 +89,8 @@ def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
         if plan is None:
             plan = Plan(request.config, annealed_steps=entry["steps"], total_steps=request.total_steps)
             plans.append((request, plan))
-        plan.history.put_column(entry["name"], parameter.numel(), entry["history"])
+        if "history" in entry:
+            plan.history.put_column(entry["name"], parameter.numel(), entry["history"])
         made.append((parameter, _mask(parameter, entry, rule, request, plan)))
     missing = [name for name, _, _ in masks.hidden_masks(model) if _plain(name) not in state]
     if missing:

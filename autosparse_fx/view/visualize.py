@@ -59,7 +59,7 @@ def visualize(
     _check(model, target, graph, version, depth)
     from autosparse_fx.view.captures import capture_graphs
 
-    captures = capture_graphs(getattr(model, "_orig_mod", model), example_inputs, graph)
+    captures = capture_graphs(model, example_inputs, graph)
     if len(captures.graphs) > 1:
         warnings.warn(
             f"{captures.model} breaks into {len(captures.graphs)} graphs, each of which is drawn on its own: "

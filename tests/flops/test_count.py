@@ -18,7 +18,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.* should not be instantiated. Methods on autograd functions are all static:DeprecationWarning",
 )
 
-COMPOSITE = "in inference mode operators come undecomposed, aten.linear as such, which no formula knows"
 X = torch.randn(2, 3)  # Linear(3, 4) over it takes 24 MACs, Linear(4, 5) after that 40
 
 
@@ -60,7 +59,7 @@ def in_inference_mode(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     "function",
     [
         without_grad,
-        pytest.param(in_inference_mode, marks=pytest.mark.xfail(strict=True, reason=COMPOSITE)),
+        in_inference_mode,
     ],
 )
 def test_a_region_without_gradients_has_forward_products_only(function: Any) -> None:
@@ -119,7 +118,6 @@ def test_gradients_off_around_the_call_change_nothing() -> None:
         assert count(two(lambda self, x: self.b(self.a(x))), X) == (64, 40, 64)
 
 
-@pytest.mark.xfail(strict=True, reason=COMPOSITE)
 def test_inference_mode_around_the_call_changes_nothing() -> None:
     model = two(lambda self, x: self.b(self.a(x)))
     with torch.inference_mode():
@@ -182,12 +180,10 @@ def test_own_autograd_function_counts_its_forward_pass_once() -> None:
     assert (int(flops.dense.forward), flops.weights) == (64, ("a.weight", "w"))
 
 
-@pytest.mark.xfail(strict=True, reason="the subgraph of the forward pass runs without gradients, as Dynamo traced it")
 def test_own_autograd_function_has_gradients() -> None:
     assert count(own_function(), X) == (64, 40, 64)
 
 
-@pytest.mark.xfail(strict=True, reason="a higher-order operator that repeats its graph is counted once, without a word")
 def test_scan_counts_every_step() -> None:
     scan = pytest.importorskip("torch._higher_order_ops").scan
     model = Around(
@@ -247,9 +243,6 @@ class Loop(nn.Module):
         return self.head(x)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a module of torch.nn that eager code calls is in no graph: Dynamo skips its frame"
-)
 def test_a_layer_that_is_called_outside_every_graph_is_counted() -> None:
     assert "head.weight" in count_flops(Loop(), torch.randn(4, 4)).weights
 

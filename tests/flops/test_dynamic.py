@@ -17,11 +17,6 @@ IMAGE = {0: "n", 2: "h", 3: "w"}
 SEQUENCE = {0: "n", 1: "t"}
 IMAGES: list[Sizes] = [{"n": 2, "h": 19, "w": 23}, {"n": 1, "h": 32, "w": 17}, {"n": 5, "h": 48, "w": 48}]
 SEQUENCES: list[Sizes] = [{"n": 2, "t": 5}, {"n": 1, "t": 8}, {"n": 7, "t": 3}]
-# In an Interpreter without the Python dispatcher, operators that C++ composes fix symbols while they are counted.
-fixed_while_counting = pytest.mark.xfail(
-    strict=True, reason="counting runs without the Python dispatcher: sizes get fixed"
-)
-fixed_in_torch_2_11 = pytest.mark.xfail(torch.__version__.startswith("2.11"), strict=True, reason="the same, of matmul")
 
 
 def images(size: Sizes) -> Tensor:
@@ -91,13 +86,9 @@ MODELS: dict[str, Any] = {
     ),
     "cell": (lambda: nn.LSTMCell(8, 4), lambda size: sequences(size)[:, 0], {0: "n"}, SEQUENCES),
 }
-MARKS = {
-    **dict.fromkeys(("resized", "lstm", "gru, batch", "cell"), fixed_while_counting),
-    **dict.fromkeys(("linear 3d", "attention", "encoder"), fixed_in_torch_2_11),
-}
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in MODELS])
+@pytest.mark.parametrize("name", MODELS)
 def test_counts_hold_at_every_size(name: str) -> None:
     make, inputs, shapes, sizes = MODELS[name]
     model = make()
@@ -152,9 +143,6 @@ def test_fixed_sizes_and_symbols_of_one_model_do_not_mix() -> None:
     assert [str(c) for c in counts] == ["12*n", "24", "12*n"]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="subs() replaces one symbol after the other: where a name is also one of Dynamo's"
-)
 def test_names_may_be_those_that_dynamo_uses() -> None:
     from autosparse_fx.capture import capture
 
@@ -164,7 +152,6 @@ def test_names_may_be_those_that_dynamo_uses() -> None:
     assert flops.evaluate(flops.dense.forward, **{symbols["t"]: 3, symbols["n"]: 10}) == 12 * 30
 
 
-@pytest.mark.xfail(strict=True, raises=pytest.fail.Exception, reason="one name for two sizes is taken without a word")
 def test_one_name_for_two_sizes_is_an_error() -> None:
     model = Around(lambda self, x, y: self.a(x).sum() + self.a(y).sum(), a=nn.Linear(3, 4))
     with pytest.raises(ValueError, match="'n'"):
@@ -216,27 +203,18 @@ def test_graph_breaks_with_dynamic_sizes_are_an_error() -> None:
 
 
 @pytest.mark.parametrize("name", ["count", "sparsities"])
-@pytest.mark.xfail(
-    strict=True, raises=(TypeError, AttributeError), reason="evaluate takes sizes as keywords beside its own parameters"
-)
 def test_sizes_may_have_any_name(name: str) -> None:
     flops = count_flops(nn.Linear(3, 4), torch.randn(2, 3), [{0: name}])
     assert flops.evaluate(flops.dense.forward, **{name: 5}) == 60
 
 
-@pytest.mark.parametrize(
-    ("inputs", "shapes"),
-    [((torch.randn(2, 3), torch.randn(2, 5)), {0: "n"}), ((torch.randn(2, 3), torch.randn(2, 5)), {0: {0: "n"}})],
-    ids=["of one input of two", "by index"],
-)
-@pytest.mark.xfail(
-    strict=True, raises=pytest.fail.Exception, reason="a mapping with numbers is taken for the first input"
-)
-def test_a_mapping_with_numbers_is_for_a_model_with_one_input(inputs: Any, shapes: Any) -> None:
-    """For the second the counts are in a symbol called \"{0: 'n'}\"."""
+def test_a_mapping_of_dimensions_is_for_a_model_with_one_input() -> None:
+    """With two, the mapping is from inputs."""
     model = Around(lambda self, x, y: (self.a(x), self.b(y)), a=nn.Linear(3, 4), b=nn.Linear(5, 4))
-    with pytest.raises(ValueError):
-        count_flops(model, inputs, shapes)
+    inputs = torch.randn(2, 3), torch.randn(2, 5)
+    with pytest.raises(ValueError, match=r"dynamic_shapes\[0\] must be \{dimension: name\}"):
+        count_flops(model, inputs, {0: "n"})
+    assert count_flops(model, inputs, {0: {0: "n"}}).sizes == ("n",)
 
 
 def test_a_size_that_no_count_depends_on() -> None:

@@ -111,22 +111,17 @@ def test_errors() -> None:
         training_flops(dynamic, [1], [1.0], [{}])
 
 
-@pytest.mark.xfail(strict=True, reason="zip(strict=True) says so in its own words")
 def test_records_of_unequal_number() -> None:
     with pytest.raises(ValueError, match=r"(2|3).*record"):
         training_flops(flops(), [1, 2, 3], [1.0, 0.5], [{}, {}, {}])
 
 
-@pytest.mark.xfail(
-    strict=True, raises=pytest.fail.Exception, reason="sparsities of other names count as dense, silently"
-)
 def test_a_history_of_another_model() -> None:
     """Or of the same one in a wrapper: nothing would be sparse in the result, without a word."""
     with pytest.raises(ValueError, match=r"module\.0\.weight"):
         training_flops(flops(), [1, 2], [1.0, 0.0], [{}, {f"module.{name}": s for name, s in FINAL.items()}])
 
 
-@pytest.mark.xfail(strict=True, raises=ZeroDivisionError, reason="dense is 0")
 def test_a_model_without_products() -> None:
     """Nothing was to be computed, and nothing was saved."""
     cost = training_flops(count_flops(nn.ReLU(), torch.randn(2, 3)), [1], [1.0], [{}])
