@@ -142,17 +142,20 @@ def _run(model: nn.Module, example_inputs: Any, backend: Callable[..., Any], *, 
         warnings.simplefilter("ignore")  # what is to be said of the model is said where it is used
         for module in model.modules() if layers else ():
             if not module._modules and type(module).__module__.startswith(("torch.nn.", "autosparse_fx.")):
-                call: Any = module._call_impl
-                module._compiled_call_impl = _compat.compile_apart(call, backend)
+                module._compiled_call_impl = _compat.compile_apart(_calling(module._call_impl), backend)
         try:
-            # Not the model itself: Dynamo would leave a recurrent layer alone that is called on its own.
-            _compat.compile_apart(lambda: model(*args, **kwargs), backend)()
+            _compat.compile_apart(_calling(model), backend)(*args, **kwargs)
         except Exception as error:
             first = str(error).strip().partition("\n\n")[0]
             raise ValueError(
                 f"{type(model).__name__} could not be run on the example_inputs ({type(error).__name__}: {first}); "
                 "they must be the arguments of one call of the model: a tensor, a tuple, or a dict of keyword arguments"
             ) from error
+
+
+def _calling(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function around one of torch's own, which Dynamo would leave alone where it is called on its own."""
+    return lambda *args, **kwargs: function(*args, **kwargs)
 
 
 @contextmanager

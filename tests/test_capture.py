@@ -1,8 +1,8 @@
 """capture: the graphs of one call, by the names of their tensors, and nothing left behind in model or inputs."""
 
 import gc
-import weakref
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any
 

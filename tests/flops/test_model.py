@@ -91,9 +91,8 @@ def test_layers_add_up_to_the_total() -> None:
 def density(function: Any, x: Tensor) -> sympy.Expr:
     """Fraction of the forward MACs that are left at sparsity 1/2 of ``w``, [6, 4], and 0 of all else."""
     flops = count_flops(Around(function, w=nn.Parameter(torch.randn(6, 4)), v=nn.Parameter(torch.randn(2, 4))), x)
-    return flops.evaluate(flops.sparse.forward, {name: 0.5 for name in flops.weights if name == "w"}) / flops.evaluate(
-        flops.dense.forward
-    )
+    sparsities = {name: 0.5 for name in flops.weights if name == "w"}
+    return flops.evaluate(flops.sparse.forward, sparsities) / flops.evaluate(flops.dense.forward)
 
 
 @pytest.mark.parametrize(
