@@ -33,6 +33,7 @@ def make_model(name: str, weights: Path | None, inputs: Sequence[str] | None) ->
     else:
         model, example = _from_torchvision(torchvision_name, options)
         arguments = example if inputs is None else tuple(map(_tensor, inputs))
+    model.eval()  # in which an example of one image is enough
     if weights is not None:
         load_weights(model, state, arguments, weights)
     return model, arguments, state

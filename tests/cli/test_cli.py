@@ -79,6 +79,17 @@ def test_weights_of_a_sparse_and_a_finalized_model(capsys: pytest.CaptureFixture
         assert found["sparsity"] == expected, name
 
 
+def test_weights_of_a_sparse_model_that_cannot_train_on_one_image(
+    capsys: pytest.CaptureFixture[str], user_module: str, tmp_path: Path
+) -> None:
+    with (tmp_path / "my_models.py").open("a") as file:
+        file.write("def norm():\n    return torch.nn.Sequential(make(), torch.nn.BatchNorm1d(2))\n")
+    model = sparsify(nn.Sequential(made_by_user(), nn.BatchNorm1d(2)), AutoSparse(threshold_init=-1.0))
+    torch.save(model.state_dict(), "norm.pt")
+    out = run(capsys, "report", f"{user_module}:norm", "--input", "1x4", "--weights", "norm.pt", "--json")
+    assert json.loads(out)["sparsity"] == sparsity(model) > 0
+
+
 def test_rules_and_scale_of_a_saved_model(capsys: pytest.CaptureFixture[str], user_module: str, tmp_path: Path) -> None:
     model = sparsify(made_by_user(), AutoSparse(threshold_init=-1.0, threshold_scale=1.0, rules={"2.*": None}))
     with torch.no_grad():
