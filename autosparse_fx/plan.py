@@ -60,7 +60,6 @@ class Plan:
     warned_of_dense_checkpoint: bool = False
     annealed_steps: int = 0
     total_steps: int = 0  # where it was given with the configuration, in the one-line form
-    of_a_model: bool = True  # False for a weight that no module holds, in the one-line form
     history: History = field(default_factory=History)
 
 

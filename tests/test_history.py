@@ -235,6 +235,9 @@ def test_two_parts_that_were_prepared_apart() -> None:
 
 
 @pytest.mark.usefixtures("without_inductor")
+@pytest.mark.xfail(
+    strict=True, reason="weights of equal options in one optimizer are steered together, and have one history"
+)
 def test_two_one_line_models_of_one_optimizer() -> None:
     models = [reference.mlp(hidden=8) for _ in range(2)]
     optimizer = SGD([p for model in models for p in model.parameters()], lr=0.05)

@@ -139,7 +139,7 @@ def register(weights: Mapping[nn.Parameter, int], around: list[nn.Parameter], re
     for parameter in new:
         place = found.get(id(parameter))
         names = place.names if place is not None else ("weight",)  # no module holds it
-        plan = plans[id(place.root)] if place is not None else _plan_of_its_own(request)
+        plan = plans[id(place.root)] if place is not None else Plan(request.config, total_steps=request.total_steps)
         pattern, rule = request.config.rule_for(names)
         if rule is None:
             dense.append((parameter, plan, names[0], f"left dense by the rule {pattern!r}"))
@@ -229,10 +229,6 @@ def _plan(root: nn.Module, found: Mapping[int, Place], request: Request) -> Plan
     plan = Plan(request.config, total_steps=request.total_steps)
     plans.append((request, plan))
     return plan
-
-
-def _plan_of_its_own(request: Request) -> Plan:
-    return Plan(request.config, total_steps=request.total_steps, of_a_model=False)
 
 
 def _is_new(parameter: nn.Parameter) -> bool:

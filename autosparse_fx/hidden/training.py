@@ -23,7 +23,6 @@ from autosparse_fx.annealing import GradientAnnealing
 from autosparse_fx.hidden import masks
 from autosparse_fx.hidden.masks import HiddenMask, Request
 from autosparse_fx.ops import signed_sum
-from autosparse_fx.plan import Plan
 
 _Held = tuple[nn.Parameter, HiddenMask]
 _CURE = "prepare the model with model = autosparse_fx.sparsify(model) before making the optimizer"
@@ -105,20 +104,18 @@ class _Run:
 
 
 def _annealers(held: list[_Held]) -> list[tuple[GradientAnnealing, list[_Held]]]:
-    """One annealer for the weights of one model, and one for those of a request that no module holds; each goes on
-    where the weights are in their training."""
-    groups: list[tuple[Plan | Request, list[_Held]]] = []
+    """One annealer for all weights of the same request, in however many models or parts of one, since they are steered
+    together; it goes on where they are in their training."""
+    groups: list[tuple[Request, list[_Held]]] = []
     for item in held:
-        plan, request = item[1].plan, item[1].request
-        key = plan if plan.of_a_model else request
-        group = next((group for known, group in groups if known == key), None)
+        group = next((group for request, group in groups if request == item[1].request), None)
         if group is None:
-            groups.append((key, [item]))
+            groups.append((item[1].request, [item]))
         else:
             group.append(item)
     made = []
-    for _, group in groups:
-        request, history = group[0][1].request, group[0][1].plan.history
+    for request, group in groups:
+        history = group[0][1].plan.history
         annealer = GradientAnnealing(nn.ModuleList(m.holder(p) for p, m in group), request.total_steps)
         annealer.continue_history(history)
         steps = max(mask.steps for _, mask in group)

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from autosparse_fx import AutoSparse, _compat
 from autosparse_fx.hidden.graph import mark_weights
-from autosparse_fx.hidden.masks import Request, hidden_mask
+from autosparse_fx.hidden.masks import Request, hidden_mask, undone_on_error
 from autosparse_fx.passes import insert_masks
 from autosparse_fx.passes.insert_masks import WEIGHT
 from autosparse_fx.passes.verify import verify_masked_graph
@@ -42,7 +42,8 @@ def capture(model: nn.Module, config: AutoSparse) -> GraphModule:
 
     def backend(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         graphs.append(_compat.copy_dynamo_graph(gm))
-        mark_weights(graphs[-1], Request(config, 10))
+        with undone_on_error():
+            mark_weights(graphs[-1], Request(config, 10))
         return gm.forward
 
     torch._dynamo.reset()
