@@ -2,8 +2,8 @@
 
     python benchmarks/paper_flops.py [--budgets STR_Budgets_ResNet50.csv]
 
-The abstract of arXiv:2304.06941 states the two factors. How the zeros were spread over the layers, how the sparsity rose,
-and how FLOPs were counted was not seen, so this is a reconstruction with assumptions, not a claim:
+The abstract of arXiv:2304.06941 states the two factors. How the zeros were spread over the layers, how the sparsity
+rose, and how FLOPs were counted was not seen, so this is a reconstruction with assumptions, not a claim:
 
 * counted as in the sparse-training literature: multiply-accumulates of convolutions and the linear layer, and the
   average pool, at 224x224; per step forward + gradient of activations + gradient of weights, where the last is dense
