@@ -16,6 +16,8 @@ from torch._subclasses import FakeTensor as FakeTensor  # what Dynamo traces wit
 from torch.autograd.grad_mode import _enter_inference_mode, _exit_inference_mode
 from torch.fx import Graph, GraphModule, Node
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # sees every operator. 2.11-2.15.
+from torch.utils._pytree import tree_leaves as tree_leaves  # the tensors in nested arguments. 2.11-2.15.
 
 # The base classes of all convolutions, transposed ones included, and of the transposed ones. 2.11-2.15.
 ConvNd, ConvTransposeNd = _ConvNd, _ConvTransposeNd

@@ -181,9 +181,14 @@ class GradientAnnealing:
             plan.annealed_steps = self._count
         self._write_alpha()
         interval = max(self._interval, self.total_steps // 100) if self._settling() else self._interval
-        if self._count % interval == 0 or self._count == self.total_steps:
+        final = self._count == self.total_steps
+        steering = final or self._count % interval == 0
+        recording = final or self._count == 1 or self._count % -(-self.total_steps // RECORDS) == 0
+        if steering or recording:
+            self._modules = masked_modules(self._model)  # dense_weights and finalize may have changed which there are
+        if steering:
             self._steer()
-        if self._count == 1 or self._count % -(-self.total_steps // RECORDS) == 0 or self._count == self.total_steps:
+        if recording and self._modules:
             self._record()
 
     def _record(self) -> None:
@@ -211,7 +216,6 @@ class GradientAnnealing:
         for check in self._checks:
             check.raise_if_failed()
         self._checks = []
-        self._modules = masked_modules(self._model)  # dense_weights may have changed which there are
         final = self._count == self.total_steps
         for (target, _), weights in self._groups().items():
             sparsity = scheduled_sparsity(target, self._config.ramp_end, self._count / self.total_steps)

@@ -3,7 +3,7 @@
 import csv
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -60,8 +60,12 @@ class History:
     @property
     def records(self) -> list[Record]:
         """All records, by rising step."""
+        return self._merged(self._columns)
+
+    @staticmethod
+    def _merged(every: Iterable[_Columns]) -> list[Record]:
         found: dict[int, Record] = {}
-        for columns in self._columns:
+        for columns in every:
             record = found.setdefault(columns.step, Record(columns.step, columns.alpha, {}, {}))
             sparsity, cut = columns.values.tolist()
             record.sparsity.update(zip(columns.names, sparsity, strict=True))
@@ -91,7 +95,8 @@ class History:
         """The last record as one flat dict of numbers, for any logger."""
         if not self._columns:
             return {}
-        record = self.records[-1]
+        last = max(columns.step for columns in self._columns)
+        (record,) = self._merged(columns for columns in self._columns if columns.step == last)
         return {
             "step": record.step,
             "alpha": record.alpha,

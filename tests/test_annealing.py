@@ -526,3 +526,18 @@ def test_annealing_counts_when_the_optimizer_step_is_compiled() -> None:
         optimizer.zero_grad()
         assert annealer.steps == count
     assert alpha_of(model) == float32(0.7)
+
+
+@pytest.mark.parametrize("target", [0.5, None])
+def test_a_model_that_is_finalized_before_the_end_trains_on(target: float | None) -> None:
+    """The annealer lives as long as its optimizer: it has nothing left to steer or to record, and says nothing."""
+    model = autosparse_fx.sparsify(reference.mlp(), AutoSparse(target_sparsity=target))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    annealer = GradientAnnealing(model, 250, optimizer=optimizer)
+    reference.train(model, optimizer, reference.classification_batches(7))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the target was missed
+        autosparse_fx.finalize(model)
+    recorded = len(annealer.history)
+    reference.train(model, optimizer, reference.classification_batches(8))
+    assert len(annealer.history) == recorded > 0

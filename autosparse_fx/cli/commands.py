@@ -11,6 +11,7 @@ import autosparse_fx
 from autosparse_fx.cli.models import make_model
 from autosparse_fx.flops import ModelFlops, count_flops
 from autosparse_fx.history import History
+from autosparse_fx.sparsity_report import UNITS
 from autosparse_fx.tables import short, text_table
 
 
@@ -29,7 +30,7 @@ def flops(args: argparse.Namespace) -> None:
     dynamic, inputs = _dynamic_shapes(args.dynamic, inputs)
     counted = count_flops(model.train(args.train), inputs, dynamic)
     sparsities = _sparsities(args.sparsity, counted) if args.sparsity else _zeros(model, counted)
-    factor, unit = (1, "MACs") if args.macs else (2, "FLOPs")
+    unit, factor = UNITS["macs" if args.macs else "flops"]
     pooling = counted.pooling if args.macs else 0
     parts = {
         "forward": (counted.dense.forward + pooling, counted.sparse.forward + pooling),

@@ -9,11 +9,10 @@ import sympy
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from autosparse_fx import _compat
+from autosparse_fx._compat import TorchDispatchMode, tree_leaves
 from autosparse_fx.capture import Capture, CapturedGraph, capture
 from autosparse_fx.flops.formulas import LAYERS, POOLING, PRODUCTS, Formula, Term, size
 from autosparse_fx.flops.model import ModelFlops

@@ -8,8 +8,6 @@ import sympy
 
 from autosparse_fx.flops.product import Product, size_symbol, sparsity_symbol
 
-FLOPS_PER_MAC = 2
-
 
 @dataclass(frozen=True)
 class Macs:

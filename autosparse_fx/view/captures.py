@@ -14,6 +14,7 @@ from autosparse_fx.capture import Capture, CapturedGraph, capture
 from autosparse_fx.passes import JOINT_PASSES
 from autosparse_fx.passes.insert_masks import STATE
 from autosparse_fx.report import LayerReport, report
+from autosparse_fx.sparsity_report import UNITS
 from autosparse_fx.view.graph import to_networkx
 from autosparse_fx.view.names import input_name
 from autosparse_fx.view.visualize import VERSIONS
@@ -125,15 +126,15 @@ def _names_of_primals(captured: CapturedGraph, joint: Graph) -> tuple[list[dict[
 def _flops(captured: Capture, layers: Sequence[LayerReport]) -> list[dict[str, tuple[int, int]]]:
     """For each graph: FLOPs by the name of the node, of dense weights and without their zeros."""
     from autosparse_fx.flops.count import count_captured
-    from autosparse_fx.flops.model import FLOPS_PER_MAC
 
+    flops_per_mac = UNITS["flops"][1]
     sparsities = {layer.name: layer.sparsity for layer in layers}
     found: list[dict[str, tuple[int, int]]] = [{} for _ in captured.graphs]
     for product in count_captured(captured).products:
         if product.call == 0 and not product.pooling:
             dense, sparse = found[product.graph].get(product.node, (0, 0))
-            dense += FLOPS_PER_MAC * int(product.macs)
-            sparse += round(FLOPS_PER_MAC * product.forward_at(sparsities))
+            dense += flops_per_mac * int(product.macs)
+            sparse += round(flops_per_mac * product.forward_at(sparsities))
             found[product.graph][product.node] = dense, sparse
     return found
 
