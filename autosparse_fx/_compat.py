@@ -5,6 +5,7 @@ Versions: torch 2.11.0 (the oldest supported) and 2.15.0.
 
 import inspect
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -156,6 +157,11 @@ def is_fixed(size: torch.SymInt, example: int) -> bool:
         return True
     equations = [guard.expr for guard in shape_env.guards if isinstance(guard.expr, sympy.Eq)]
     return any(e.free_symbols == {symbol} and not e.subs(symbol, 2 * example) for e in equations)
+
+
+def module_name(path: str) -> str:
+    """The full name of a module, without what Dynamo's ``nn_module_stack`` calls the model itself. 2.11-2.15."""
+    return re.sub(r"^L\['[^']*'\](\[\d+\])*\.?", "", path)
 
 
 def current_compile_id() -> str:

@@ -1,6 +1,5 @@
 """count_flops: the products of a model, found by running its captured graphs on fake tensors."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +18,6 @@ from autosparse_fx.flops.model import ModelFlops
 from autosparse_fx.flops.product import Operand, Product, size_symbol
 
 aten = torch.ops.aten
-_COMPILED_NAME = re.compile(r"^L\['\w+'\]\.?")  # how the compiler calls the model
 # Beside views, the operators after which a zero of a weight is still a zero.
 _KEEPS_ZEROS = frozenset(
     {
@@ -264,4 +262,4 @@ def _readable(expression: sympy.Expr) -> sympy.Expr:
 def module_path(node: Node) -> str:
     """Where a node stands in the model, such as "layer1.0.conv1"; empty in the model's own forward."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
-    return _COMPILED_NAME.sub("", stack[-1][0]) if stack else ""
+    return _compat.module_name(stack[-1][0]) if stack else ""

@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import networkx as nx
 import torch
 from torch.fx import Graph, Node
 
+from autosparse_fx import _compat
 from autosparse_fx.passes.insert_masks import FIELDS, MASK, STATE
 from autosparse_fx.report import LayerReport
 from autosparse_fx.view.names import input_name, short_name, source_line, target_name
@@ -19,7 +19,6 @@ from autosparse_fx.view.names import input_name, short_name, source_line, target
 GRADIENT = torch.ops.autosparse.anneal_gradient.default
 # What a drawing leaves out at first, since it says little and is much: it is in the details of what reads it.
 FOLDED = frozenset({"parameter", "state", "saved"})
-_ROOT = re.compile(r"^L\['[^']*'\](\[\d+\])*\.?")
 
 
 @dataclass(frozen=True)
@@ -189,7 +188,7 @@ def _prefix(graph: Graph, names: Mapping[str, str]) -> str:
     for node in graph.nodes:
         stack = node.meta.get("nn_module_stack")
         if node.name in names and stack:
-            inside = _ROOT.sub("", next(reversed(stack.values()))[0])
+            inside = _compat.module_name(next(reversed(stack.values()))[0])
             owner = names[node.name].rpartition(".")[0]
             if owner == inside or owner.endswith(f".{inside}") or not inside:
                 prefixes[owner.removesuffix(inside).rstrip(".")] += 1
@@ -202,7 +201,7 @@ def _modules_of(node: Node, prefix: str, backward: bool) -> dict[str, Module]:
     found: dict[str, Module] = {}
     entries = [("", prefix, "")] if prefix and stack else []
     for key, (path, module_type) in stack.items():
-        inside = _ROOT.sub("", str(path))
+        inside = _compat.module_name(str(path))
         full = ".".join(part for part in (prefix, inside) if part)
         type_name = module_type.__name__ if inspect.isclass(module_type) else str(module_type).rpartition(".")[2]
         if full == prefix and entries:
