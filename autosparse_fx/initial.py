@@ -8,14 +8,15 @@ from torch import Tensor, nn
 from autosparse_fx.config import AutoSparse
 from autosparse_fx.plan import MaskedWeight
 
-# "auto" starts at a cut of AUTO_CUT * std * fan_in ** AUTO_SPREAD: 0.5 to 2.5 % of the standard deviation of the
-# layer's own weights, so that the mask exists from the first step on and takes nothing that matters (about 1 % of
-# them). Common shifts keep the proportions of the cuts, so where they start is where learning how to spread the zeros
-# over the layers starts. A spread of 0 makes all layers equally sparse; 0.5 is one cut for all layers of a network
-# that is initialised as PyTorch does it (global magnitude pruning), in which layers with few inputs per output stay
-# nearly dense. Halfway is between the two.
-AUTO_CUT = 0.003
-AUTO_SPREAD = 0.25
+# "auto" starts at a cut of min(AUTO_CUT * sqrt(fan_in), AUTO_CUT_MAX) standard deviations of the layer's own weights, so
+# that the mask exists from the first step on and takes nothing that matters (mostly about 1 % of them). Common shifts
+# keep the proportions of the cuts, so where they start is where learning how to spread the zeros over the layers
+# starts, and Adam, whose steps are small, moves little from it. The square root makes one cut for all layers of a
+# network that is initialised as PyTorch does it, std = 1 / sqrt(3 fan_in): global magnitude pruning, in which layers
+# with few inputs per output (a first convolution) stay nearly dense. One cut in standard deviations for all would make
+# all layers equally sparse instead.
+AUTO_CUT = 0.0016
+AUTO_CUT_MAX = 0.25
 _CUT_BOUNDS = (1e-6, 0.5)
 
 
@@ -32,7 +33,7 @@ def initial_logit(weight: Tensor, threshold_init: float | str, axis: int) -> tup
     provisional = not (math.isfinite(std) and std > 0)
     if provisional:
         std = 1 / math.sqrt(3 * fan_in)
-    cut = AUTO_CUT * std * fan_in**AUTO_SPREAD
+    cut = min(AUTO_CUT * math.sqrt(fan_in), AUTO_CUT_MAX) * std
     cut = min(max(cut, _CUT_BOUNDS[0]), _CUT_BOUNDS[1])
     return math.log(cut / (1 - cut)), provisional
 
