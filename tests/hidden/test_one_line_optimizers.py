@@ -37,7 +37,7 @@ OPTIMIZERS: dict[str, Callable[[Iterable[Tensor]], Optimizer]] = {
     "adam_foreach": lambda p: Adam(p, lr=0.01, weight_decay=0.01, foreach=True),
     "adam_fused": lambda p: Adam(p, lr=0.01, betas=(0.8, 0.99), fused=True),
     "adam_tensor_lr": lambda p: Adam(p, lr=torch.tensor(0.01)),
-    "rmsprop": lambda p: RMSprop(p, lr=0.001, momentum=0.5),
+    "rmsprop": lambda p: RMSprop(p, lr=0.001, momentum=0.5, eps=1e-3),  # less makes whole steps of rounding errors
     "adagrad": lambda p: Adagrad(p, lr=0.05, lr_decay=0.01),
     "nadam": lambda p: NAdam(p, lr=0.01),
     "radam": lambda p: RAdam(p, lr=0.01),
