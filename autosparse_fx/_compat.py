@@ -283,7 +283,7 @@ def joint_graph(gm: GraphModule) -> GraphModule | None:
     found: list[GraphModule] = []
 
     def partition(joint: GraphModule, inputs: Any, **kwargs: Any) -> Any:
-        found.append(_copy_module(joint))
+        found.append(copy_graph_module(joint))
         found[0].meta["partition"] = (inputs, kwargs)
         return min_cut_rematerialization_partition(joint, inputs, **kwargs)
 
@@ -302,10 +302,10 @@ def cut_joint_graph(joint: GraphModule) -> tuple[GraphModule, GraphModule]:
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
     inputs, kwargs = joint.meta["partition"]
-    return min_cut_rematerialization_partition(_copy_module(joint), inputs, **kwargs)
+    return min_cut_rematerialization_partition(copy_graph_module(joint), inputs, **kwargs)
 
 
-def _copy_module(gm: GraphModule) -> GraphModule:
+def copy_graph_module(gm: GraphModule) -> GraphModule:
     graph = Graph()
     nodes: dict[Node, Node] = {}
     output = graph.output(graph.graph_copy(gm.graph, nodes))
@@ -313,3 +313,55 @@ def _copy_module(gm: GraphModule) -> GraphModule:
     made = GraphModule(gm, graph)
     made.meta = dict(gm.meta)
     return made
+
+
+def compile_cpp(source: str) -> Any:
+    """Compile C++ for this machine's vector instructions, and load it; Inductor's cache keeps it. 2.11-2.15."""
+    from torch._inductor.codecache import CppCodeCache
+
+    return CppCodeCache.load(source)
+
+
+def inference_graph(gm: GraphModule, inputs: Sequence[Any]) -> GraphModule | None:
+    """The functional graph of ATen operators that AOTAutograd makes of a Dynamo graph under no_grad, not decomposed.
+
+    Its placeholders are those of the Dynamo graph, in order, and so are its outputs. None where that cannot be: where
+    the graph writes to an input. 2.11-2.15.
+    """
+    from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_compiler
+    from torch._guards import TracingContext, tracing
+
+    found: list[GraphModule] = []
+
+    def keep(graph: GraphModule, _: Any) -> Callable[..., Any]:
+        found.append(copy_graph_module(graph))
+        return graph.forward
+
+    compiler = make_boxed_compiler(keep)
+    modes = [value.fake_mode for value in inputs if isinstance(value, FakeTensor)]
+    with tracing(TracingContext(modes[0] if modes else None)):
+        aot_module_simplified(
+            copy_dynamo_graph(gm), list(inputs), fw_compiler=compiler, bw_compiler=compiler, inference_compiler=compiler
+        )
+        metadata = TracingContext.get().fw_metadata
+    if len(found) != 1 or metadata is None or metadata.mutated_inp_runtime_indices or metadata.num_intermediate_bases:
+        return None
+    return found[0]
+
+
+def is_module_state(node: Node) -> bool:
+    """Whether a placeholder of a Dynamo graph is a parameter or buffer of a module. 2.11-2.15."""
+    return "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
+
+
+def tensor_version(tensor: Tensor) -> int:
+    """The number of writes to a tensor that autograd knows of; 0 where it counts none (inference tensors). 2.11-2.15."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def compiling_again(inputs: Sequence[Any]) -> Any:
+    """Within it Inductor compiles a graph for the fake inputs of a compilation that is over. 2.11-2.15."""
+    from torch._guards import TracingContext, tracing
+
+    modes = [value.fake_mode for value in inputs if isinstance(value, FakeTensor)]
+    return tracing(TracingContext(modes[0] if modes else None))

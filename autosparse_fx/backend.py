@@ -16,6 +16,7 @@ from autosparse_fx._compat import placeholder_parameter
 from autosparse_fx.hidden.graph import MaskedCall, mark_weights
 from autosparse_fx.hidden.masks import Request, hidden_mask, undone_on_error
 from autosparse_fx.hidden.training import hook_optimizers
+from autosparse_fx.inference import compile_for_inference
 from autosparse_fx.options import ONE_LINE_OPTIONS, parse_options
 from autosparse_fx.ownership import is_prepared
 from autosparse_fx.passes import DYNAMO_PASSES
@@ -56,6 +57,10 @@ def autosparse(
     with undone_on_error():
         mark_weights(graph, parsed.request)
         run_passes(graph, DYNAMO_PASSES, "dynamo")
+        if parsed.request is None and not torch.is_grad_enabled() and not any(is_mask(n) for n in _all_nodes(graph)):
+            frozen = compile_for_inference(graph, example_inputs, parsed.inductor)
+            if frozen is not None:
+                return frozen
         call = MaskedCall(graph, parsed.request)
         inputs = [*example_inputs, *call.example_state(example_inputs)]
         compiled = _compat.compile_with_inductor(graph, inputs, parsed.inductor, recompute_masks=parsed.recompute_masks)

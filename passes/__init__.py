@@ -5,12 +5,34 @@ from collections.abc import Callable
 from torch.fx import GraphModule
 
 from autosparse_fx.passes.dedupe_masks import dedupe_masks
+from autosparse_fx.passes.fold_batch_norm import fold_batch_norm
+from autosparse_fx.passes.fuse_sparse_programs import fuse_sparse_programs
 from autosparse_fx.passes.insert_masks import insert_masks
+from autosparse_fx.passes.lower_sparse_conv import lower_sparse_conv
+from autosparse_fx.passes.lower_sparse_linear import lower_sparse_linear
 from autosparse_fx.passes.tag_recompute import tag_recompute
 
 # Each rewrites a graph in place, changes nothing when run again, and returns how many changes it made.
 DYNAMO_PASSES: tuple[Callable[[GraphModule], int], ...] = (insert_masks, dedupe_masks)
 # These run on the graph of forward and backward together, before it is cut in two.
 JOINT_PASSES: tuple[Callable[[GraphModule], int], ...] = (tag_recompute,)
+# These run on a graph of ATen operators whose weights are constants: inference, under no_grad.
+INFERENCE_PASSES: tuple[Callable[[GraphModule], int], ...] = (
+    fold_batch_norm,
+    lower_sparse_conv,
+    lower_sparse_linear,
+    fuse_sparse_programs,
+)
 
-__all__ = ["DYNAMO_PASSES", "JOINT_PASSES", "dedupe_masks", "insert_masks", "tag_recompute"]
+__all__ = [
+    "DYNAMO_PASSES",
+    "INFERENCE_PASSES",
+    "JOINT_PASSES",
+    "dedupe_masks",
+    "fold_batch_norm",
+    "fuse_sparse_programs",
+    "insert_masks",
+    "lower_sparse_conv",
+    "lower_sparse_linear",
+    "tag_recompute",
+]

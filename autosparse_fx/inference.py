@@ -1,0 +1,136 @@
+"""Graphs under no_grad: weights become constants, and layers that hold enough zeros run on sparse kernels.
+
+A compiled graph is called with its weights like any other. It remembers which tensors it was compiled for, and at which
+version; others, or the same written to since, are compiled for anew.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from autosparse_fx import _compat
+from autosparse_fx.passes import INFERENCE_PASSES
+from autosparse_fx.passes.fuse_sparse_programs import RUN_PROGRAM
+from autosparse_fx.pipeline import run_passes
+
+log = logging.getLogger(__name__)
+
+MOST_REWRITES = 8  # of weights between calls, after which a graph goes back to kernels that read them at every call
+
+
+def compile_for_inference(
+    gm: GraphModule, example_inputs: Sequence[Any], patches: dict[str, Any]
+) -> Callable[..., Any] | None:
+    """Compile a Dynamo graph with its weights as constants, or return None where no layer would run sparse."""
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    state = {
+        number: tensor
+        for number, node in enumerate(placeholders)
+        if _compat.is_module_state(node) and (tensor := _compat.placeholder_tensor(node)) is not None
+    }
+    if not any(_may_run_sparse(tensor) for tensor in state.values()):
+        return None
+    graph = _compat.inference_graph(gm, example_inputs)
+    if graph is None:
+        log.info("no sparse kernels: the graph writes to its inputs")
+        return None
+    frozen = FrozenGraph(graph, list(state), example_inputs, patches)
+    return frozen if frozen.compile_for(list(state.values())) else None
+
+
+def _may_run_sparse(tensor: Tensor) -> bool:
+    return tensor.dim() >= 2 and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    """A graph that was compiled for certain tensors, at certain versions."""
+
+    tensors: list[Callable[[], Tensor | None]]
+    versions: list[int]
+    function: Callable[..., Any]
+
+    def is_for(self, tensors: Sequence[Tensor]) -> bool:
+        return all(ref() is tensor for ref, tensor in zip(self.tensors, tensors, strict=True))
+
+    @property
+    def is_dead(self) -> bool:
+        return any(ref() is None for ref in self.tensors)
+
+
+class FrozenGraph:
+    """Calls a graph compiled for the weights that it is called with, and compiles it when they are new or changed."""
+
+    def __init__(
+        self, graph: GraphModule, state: Sequence[int], example_inputs: Sequence[Any], patches: dict[str, Any]
+    ) -> None:
+        self._graph, self._patches = graph, patches
+        self._example_inputs = list(example_inputs)
+        self._state = list(state)
+        self._rest = [number for number in range(len(example_inputs)) if number not in set(state)]
+        self._compiled: list[_Compiled] = []
+        self._rewrites = 0
+        self._dense: Callable[..., Any] | None = None
+        self._lock = threading.RLock()
+
+    def compile_for(self, tensors: Sequence[Tensor]) -> bool:
+        """Compile for these weights; return False where no layer would run sparse."""
+        graph = _with_constants(self._graph, dict(zip(self._state, tensors, strict=True)))
+        versions = [_compat.tensor_version(tensor) for tensor in tensors]
+        run_passes(graph, INFERENCE_PASSES, "inference")
+        if not graph.graph.find_nodes(op="call_function", target=RUN_PROGRAM):
+            return False
+        inputs = [self._example_inputs[number] for number in self._rest]
+        patches = {"freezing": True, "layout_optimization": False, **self._patches}
+        function = _compat.compile_with_inductor(graph, inputs, patches)
+        refs = [_compat.weak_tensor_ref(tensor) for tensor in tensors]
+        alive = [c for c in self._compiled if not c.is_dead and not c.is_for(tensors)]
+        self._compiled = [_Compiled(refs, versions, function), *alive]
+        return True
+
+    def __call__(self, *args: Any) -> Any:
+        if self._dense is not None:
+            return self._dense(*args)
+        tensors = [args[number] for number in self._state]
+        versions = [_compat.tensor_version(tensor) for tensor in tensors]
+        for compiled in self._compiled:
+            if compiled.versions == versions and compiled.is_for(tensors):
+                return compiled.function(*[args[number] for number in self._rest])
+        with self._lock:
+            self._adapt_to(tensors)
+        return self(*args)
+
+    def _adapt_to(self, tensors: Sequence[Tensor]) -> None:
+        """Compile for weights that are new, or were written to; in the end, for weights that keep changing."""
+        self._rewrites += any(compiled.is_for(tensors) for compiled in self._compiled)
+        with torch.no_grad(), _compat.compiling_again(self._example_inputs):
+            if self._rewrites > MOST_REWRITES:
+                log.warning("weights were written to between calls %d times: no sparse kernels any more", MOST_REWRITES)
+            elif self.compile_for(tensors):
+                return
+            self._dense = _compat.compile_with_inductor(
+                _compat.copy_graph_module(self._graph), self._example_inputs, self._patches
+            )
+
+
+def _with_constants(graph: GraphModule, tensors: dict[int, Tensor]) -> GraphModule:
+    """A copy of an ATen graph in which some placeholders are attributes that hold these tensors."""
+    made = _compat.copy_graph_module(graph)
+    placeholders = [node for node in made.graph.nodes if node.op == "placeholder"]
+    for number, tensor in tensors.items():
+        node = placeholders[number]
+        name = f"constant_{number}"
+        made.register_buffer(name, tensor.detach())
+        with made.graph.inserting_before(node):
+            attribute = made.graph.get_attr(name)
+        attribute.meta.update(node.meta)
+        node.replace_all_uses_with(attribute)
+        made.graph.erase_node(node)
+    made.recompile()
+    return made

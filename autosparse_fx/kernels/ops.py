@@ -1,0 +1,103 @@
+"""The operators of sparse inference: what a layer computes, and the program that several layers become.
+
+``autosparse::sparse_conv`` and ``autosparse::sparse_linear`` say what is computed, in any graph and on any device, with
+PyTorch's dense operators. ``autosparse::run_program`` computes it (see ``program.py``).
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from autosparse_fx.kernels.library import library
+
+_library = torch.library.Library("autosparse", "FRAGMENT")
+_library.define(
+    "sparse_conv(Tensor x, Tensor weight, Tensor bias, Tensor? residual, int[] stride, int[] padding, int[] dilation, "
+    "int groups, str activation, float[] clamp) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "sparse_linear(Tensor x, Tensor weight, Tensor bias, str activation, float[] clamp) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "run_program(Tensor program, Tensor[] inputs, int[] shapes) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+)
+
+
+def activate(x: Tensor, activation: str, clamp: Sequence[float]) -> Tensor:
+    """Apply the activation of that name; ``clamp`` holds the bounds of "clamp" and is empty otherwise."""
+    if activation == "clamp":
+        return x.clamp(*clamp)
+    if activation == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    functions = {
+        "none": lambda x: x.clone(),
+        "relu": F.relu,
+        "gelu": F.gelu,
+        "silu": F.silu,
+        "hardswish": F.hardswish,
+        "sigmoid": torch.sigmoid,
+    }
+    return functions[activation](x)
+
+
+def _sparse_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    activation: str,
+    clamp: list[float],
+) -> Tensor:
+    y = torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+    if residual is not None:
+        y = y + residual
+    return activate(y, activation, clamp).contiguous()
+
+
+def _sparse_linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str, clamp: list[float]) -> Tensor:
+    return activate(F.linear(x, weight, bias), activation, clamp).contiguous()
+
+
+def _shapes(flat: Sequence[int]) -> list[list[int]]:
+    """``[2, 8, 8, 1, 5]`` is two dimensions, 8 and 8, and one, 5."""
+    shapes, at = [], 0
+    while at < len(flat):
+        count = flat[at]
+        shapes.append(list(flat[at + 1 : at + 1 + count]))
+        at += 1 + count
+    return shapes
+
+
+def flatten_shapes(shapes: Sequence[Sequence[int]]) -> list[int]:
+    """What the operator ``run_program`` takes for the shapes of its outputs, without their batch dimension."""
+    return [number for shape in shapes for number in (len(shape), *shape)]
+
+
+def _empty_outputs(inputs: Sequence[Tensor], shapes: Sequence[int]) -> list[Tensor]:
+    batch = inputs[0].shape[0]
+    return [inputs[0].new_empty([batch, *shape]) for shape in _shapes(shapes)]
+
+
+def _run_program(program: Tensor, inputs: list[Tensor], shapes: list[int]) -> list[Tensor]:
+    outputs = _empty_outputs(inputs, shapes)
+    library().run(program, [x.contiguous() for x in inputs], outputs, inputs[0].shape[0])
+    return outputs
+
+
+_library.impl("sparse_conv", _sparse_conv, "CompositeExplicitAutograd")
+_library.impl("sparse_linear", _sparse_linear, "CompositeExplicitAutograd")
+_library.impl("run_program", _run_program, "CPU")
+torch.library.register_fake("autosparse::sparse_conv", _sparse_conv, lib=_library)
+torch.library.register_fake("autosparse::sparse_linear", _sparse_linear, lib=_library)
+torch.library.register_fake(
+    "autosparse::run_program", lambda program, inputs, shapes: _empty_outputs(inputs, shapes), lib=_library
+)

@@ -1,0 +1,397 @@
+// Runs a program: sparse (and grouped) convolutions and linear layers in a row, each with its bias, residual and
+// activation, over one image or one chunk of tokens after the other. Everything about the program is data (see
+// program.py, which writes what the structs below read); only the tile width is compiled in.
+//
+// A step computes Y[m][p] = act(bias[m] + sum_e value[e] * X[offset[e] + p] + residual[m][p]) for tiles of p that are
+// NV vectors wide, and for blocks of input channels that fit the first-level cache. A tap of a kernel larger than 1x1
+// is an offset into the block like any other: the block holds zero-padded planes (one per phase of the stride) and p
+// runs over their grid, whose columns beyond the output's are computed and dropped.
+
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <thread>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace {
+
+using Vec = at::vec::Vectorized<float>;
+constexpr int VL = Vec::size();
+constexpr int MAX_NV = 8;
+
+struct Entry {
+  int32_t offset;  // bytes from the start of the tile in the packed block, or in the source where it is read directly
+  float value;
+};
+
+struct Block {  // rows [row0, row1) over input channels [channel0, channel1)
+  int64_t row0, row1, channel0, channel1, first, last;
+  int64_t starts;  // byte position in data: row1 - row0 + 1 positions in entries, int32
+  int64_t entries;
+};
+
+struct Buffer {
+  int64_t kind;  // 0: in the arena, 1: an input, 2: an output
+  int64_t index;  // byte position in the arena, or number of the input or output
+  int64_t row_stride;  // floats from one channel to the next
+  int64_t column_stride;  // floats from one column to the next: 1, or the channels where they are contiguous (tokens)
+  int64_t unit_stride;  // floats from one image to the next, or from one token to the next
+  int64_t channels;
+};
+
+enum Activation : int64_t { NONE, RELU, CLAMP, GELU, GELU_TANH, SILU, HARDSWISH, SIGMOID };
+
+struct Step {
+  int64_t source, target, residual;  // numbers of buffers; residual -1 for none
+  int64_t activation;
+  double low, high;  // of CLAMP
+  int64_t rows;
+  int64_t in_height, in_width, out_height, out_width;
+  int64_t stride_y, stride_x, pad_y, pad_x;
+  int64_t pitch;  // of the grid; out_width where columns and grid are the same
+  int64_t columns;  // of the grid
+  int64_t vectors;  // width of a tile
+  int64_t is_direct;  // the source is read where it lies
+  int64_t is_plain;  // 1x1, stride 1, no padding: columns are taken as they are
+  int64_t channel_stride;  // floats of one channel in the packed block
+  int64_t phase_rows;  // grid rows that are packed per tile
+  int64_t phase_stride;  // floats of one phase
+  int64_t phases;  // byte position in data: pairs (py, px), int64
+  int64_t phase_count;
+  int64_t bias;  // byte position in data, rows floats
+  int64_t blocks;  // byte position in data
+  int64_t block_count;
+  int64_t row_cost;  // byte position in data: rows + 1 running sums of entries, int64
+  int64_t block_channels;  // the most channels of any block
+};
+
+struct Header {
+  int64_t steps, step_count, buffers;  // byte positions in data
+  int64_t arena_bytes;
+  int64_t is_tokens;  // units are chunks of unit_columns tokens instead of images
+  int64_t unit_columns;
+};
+
+struct Scratch {  // memory of one thread that stays for the next call
+  char* memory = nullptr;
+  size_t size = 0;
+  char* get(size_t bytes) {
+    if (bytes > size) {
+      std::free(memory);
+      size_t huge = size_t(2) << 20;
+      size = (bytes + huge - 1) / huge * huge;
+      memory = static_cast<char*>(std::aligned_alloc(huge, size));
+      if (memory == nullptr) std::abort();
+#if defined(__linux__)
+      madvise(memory, size, MADV_HUGEPAGE);  // rows of a plane are pages apart
+#endif
+      std::memset(memory, 0, size);
+    }
+    return memory;
+  }
+  ~Scratch() { std::free(memory); }
+};
+thread_local Scratch arena_memory, tile_memory;
+
+struct Barrier {  // of the threads that share an image
+  std::atomic<int64_t> arrived{0}, phase{0};
+  void wait(int64_t count) {
+    if (count == 1) return;
+    int64_t before = phase.load(std::memory_order_acquire);
+    if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == count) {
+      arrived.store(0, std::memory_order_relaxed);
+      phase.store(before + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; phase.load(std::memory_order_acquire) == before; ++spins) {
+      if (spins > 20000) std::this_thread::yield();
+    }
+  }
+};
+
+inline Vec activate(Vec x, const Step& s) {
+  switch (s.activation) {
+    case RELU: return at::vec::maximum(x, Vec(0.f));
+    case CLAMP: return at::vec::clamp(x, Vec(float(s.low)), Vec(float(s.high)));
+    case GELU: return Vec(0.5f) * x * (Vec(1.f) + (x * Vec(0.70710678118654752440f)).erf());
+    case GELU_TANH: {
+      Vec inner = Vec(0.79788456080286535588f) * (x + Vec(0.044715f) * x * x * x);
+      return Vec(0.5f) * x * (Vec(1.f) + inner.tanh());
+    }
+    case SILU: return x / (Vec(1.f) + x.neg().exp());
+    case HARDSWISH: return x * at::vec::clamp(x + Vec(3.f), Vec(0.f), Vec(6.f)) / Vec(6.f);
+    case SIGMOID: return Vec(1.f) / (Vec(1.f) + x.neg().exp());
+    default: return x;
+  }
+}
+
+// One tile of one step, as the threads of a team see it.
+struct Tile {
+  int64_t column0, columns;  // in the grid
+  int64_t row0, row1;  // of the output, this thread's
+};
+
+struct Place {  // where a buffer lies for this unit
+  float* data;
+  int64_t row_stride, column_stride;
+};
+
+// Rows of one block. `partial` holds the sums between blocks: [rows][NV * VL].
+template <int NV>
+void compute(const Step& s, const Block& b, const char* data, const char* x, float* partial, Tile t, const Place& y,
+             const Place& residual) {
+  const int32_t* starts = reinterpret_cast<const int32_t*>(data + b.starts);
+  const Entry* entries = reinterpret_cast<const Entry*>(data + b.entries);
+  const float* bias = reinterpret_cast<const float*>(data + s.bias);
+  const bool compact = s.pitch != s.out_width;
+  const bool to_partial = !b.last || y.column_stride != 1;
+  const int tail = int(t.columns - (NV - 1) * VL);
+  alignas(64) float line[MAX_NV * VL];
+  for (int64_t m = std::max(b.row0, t.row0), end = std::min(b.row1, t.row1); m < end; ++m) {
+    Vec acc[NV];
+    float* sums = partial + (m - t.row0) * (MAX_NV * VL);
+    if (b.first) {
+      for (int j = 0; j < NV; ++j) acc[j] = Vec(bias[m]);
+    } else {
+      for (int j = 0; j < NV; ++j) acc[j] = Vec::loadu(sums + j * VL);
+    }
+    const Entry* e = entries + starts[m - b.row0];
+    const Entry* stop = entries + starts[m - b.row0 + 1];
+    for (; e != stop; ++e) {
+      const float* p = reinterpret_cast<const float*>(x + e->offset);
+      const Vec v(e->value);
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; ++j) acc[j] = at::vec::fmadd(v, Vec::loadu(p + j * VL), acc[j]);
+    }
+    if (!b.last) {
+      for (int j = 0; j < NV; ++j) acc[j].store(sums + j * VL);
+      continue;
+    }
+    if (to_partial) {  // tokens: the caller turns the tile around
+      if (residual.data != nullptr) {
+        for (int64_t i = 0; i < t.columns; ++i) {
+          line[i] = residual.data[(t.column0 + i) * residual.column_stride + m * residual.row_stride];
+        }
+        for (int j = 0; j < NV; ++j) acc[j] = acc[j] + Vec::loadu(line + j * VL);
+      }
+      for (int j = 0; j < NV; ++j) activate(acc[j], s).store(sums + j * VL);
+    } else if (!compact) {
+      float* out = y.data + m * y.row_stride + t.column0;
+      if (residual.data != nullptr) {
+        const float* add = residual.data + m * residual.row_stride + t.column0;
+        for (int j = 0; j < NV - 1; ++j) acc[j] = acc[j] + Vec::loadu(add + j * VL);
+        acc[NV - 1] = acc[NV - 1] + Vec::loadu(add + (NV - 1) * VL, tail);
+      }
+      for (int j = 0; j < NV; ++j) acc[j] = activate(acc[j], s);
+      for (int j = 0; j < NV - 1; ++j) acc[j].store(out + j * VL);
+      if (tail == VL) {
+        acc[NV - 1].store(out + (NV - 1) * VL);
+      } else {
+        acc[NV - 1].store(out + (NV - 1) * VL, tail);
+      }
+    } else {
+      for (int j = 0; j < NV; ++j) acc[j].store(line + j * VL);
+      int64_t column = t.column0, done = 0;
+      while (done < t.columns) {  // one row of the output at a time
+        int64_t oy = column / s.pitch, ox = column % s.pitch;
+        int64_t here = std::min(s.pitch - ox, t.columns - done);
+        int64_t keep = std::min(here, s.out_width - ox);
+        if (oy < s.out_height) {
+          int64_t at = oy * s.out_width + ox;
+          for (int64_t i = 0; i < keep; i += VL) {
+            int n = int(std::min<int64_t>(VL, keep - i));
+            Vec value = Vec::loadu(line + done + i, n);
+            if (residual.data != nullptr) {
+              value = value + Vec::loadu(residual.data + m * residual.row_stride + at + i, n);
+            }
+            activate(value, s).store(y.data + m * y.row_stride + at + i, n);
+          }
+        }
+        column += here;
+        done += here;
+      }
+    }
+  }
+}
+
+using Compute = void (*)(const Step&, const Block&, const char*, const char*, float*, Tile, const Place&, const Place&);
+constexpr Compute COMPUTE[MAX_NV + 1] = {nullptr,    compute<1>, compute<2>, compute<3>, compute<4>,
+                                         compute<5>, compute<6>, compute<7>, compute<8>};
+
+// dst[c][i] = src[i][c], for count channels and columns tokens; both sides are rows of floats.
+void turn(const float* src, int64_t src_stride, float* dst, int64_t dst_stride, int64_t src_rows, int64_t src_columns) {
+  int64_t r = 0;
+  for (; r + VL <= src_rows; r += VL) {
+    int64_t c = 0;
+    for (; c + VL <= src_columns; c += VL) {
+      at::vec::transpose_mxn<float, VL, VL>(src + r * src_stride + c, src_stride, dst + c * dst_stride + r, dst_stride);
+    }
+    for (; c < src_columns; ++c) {
+      for (int64_t i = r; i < r + VL; ++i) dst[c * dst_stride + i] = src[i * src_stride + c];
+    }
+  }
+  for (; r < src_rows; ++r) {
+    for (int64_t c = 0; c < src_columns; ++c) dst[c * dst_stride + r] = src[r * src_stride + c];
+  }
+}
+
+// Copy `count` elements, `step` apart, for columns q in [0, width) of a phase whose column q is input step * q + start.
+void fill_row(float* dst, const float* src, int64_t width, int64_t step, int64_t start, int64_t limit) {
+  int64_t q = start < 0 ? (-start + step - 1) / step : 0;
+  int64_t stop = start >= limit ? 0 : std::min(width, (limit - start + step - 1) / step);
+  q = std::min(q, width);
+  stop = std::max(stop, q);
+  for (int64_t i = 0; i < q; ++i) dst[i] = 0;
+  if (step == 1) {
+    std::memcpy(dst + q, src + start + q, sizeof(float) * (stop - q));
+  } else if (step == 2) {
+    const float* from = src + start;
+    for (int64_t i = q; i < stop; ++i) dst[i] = from[2 * i];
+  } else {
+    for (int64_t i = q; i < stop; ++i) dst[i] = src[step * i + start];
+  }
+  for (int64_t i = stop; i < width; ++i) dst[i] = 0;
+}
+
+// Packs the channels of a block for a tile, and returns where the tile starts in it.
+const char* pack(const Step& s, const Block& b, const char* data, const Place& x, float* packed, Tile t) {
+  if (s.is_plain) {
+    for (int64_t c = b.channel0; x.column_stride == 1 && c < b.channel1; ++c) {
+      const float* src = x.data + c * x.row_stride + t.column0;
+      float* dst = packed + (c - b.channel0) * s.channel_stride;
+      int64_t i = 0;
+      for (; i + VL <= t.columns; i += VL) Vec::loadu(src + i).store(dst + i);
+      if (i < t.columns) Vec::loadu(src + i, int(t.columns - i)).store(dst + i);
+    }
+    if (x.column_stride != 1) {
+      turn(x.data + t.column0 * x.column_stride + b.channel0, x.column_stride, packed, s.channel_stride, t.columns,
+           b.channel1 - b.channel0);
+    }
+    return reinterpret_cast<const char*>(packed);
+  }
+  const int64_t* phases = reinterpret_cast<const int64_t*>(data + s.phases);
+  int64_t row0 = t.column0 / s.pitch;
+  for (int64_t c = b.channel0; c < b.channel1; ++c) {
+    const float* plane = x.data + c * x.row_stride;
+    for (int64_t f = 0; f < s.phase_count; ++f) {
+      float* dst = packed + (c - b.channel0) * s.channel_stride + f * s.phase_stride;
+      for (int64_t r = 0; r < s.phase_rows; ++r, dst += s.pitch) {
+        int64_t iy = s.stride_y * (row0 + r) + phases[2 * f] - s.pad_y;
+        if (iy < 0 || iy >= s.in_height) {
+          std::memset(dst, 0, sizeof(float) * s.pitch);
+        } else {
+          fill_row(dst, plane + iy * s.in_width, s.pitch, s.stride_x, phases[2 * f + 1] - s.pad_x, s.in_width);
+        }
+      }
+    }
+  }
+  return reinterpret_cast<const char*>(packed + t.column0 - row0 * s.pitch);
+}
+
+int64_t tile_bytes(const Step& s) {
+  int64_t packed = s.block_channels * s.channel_stride + MAX_NV * VL + s.pitch;
+  return sizeof(float) * ((packed + 63) / 64 * 64 + s.rows * MAX_NV * VL);
+}
+
+void run_tile(const Step& s, const char* data, const Place& x, const Place& y, const Place& residual, Tile t) {
+  float* packed = reinterpret_cast<float*>(tile_memory.get(tile_bytes(s)));
+  int64_t size = s.block_channels * s.channel_stride + MAX_NV * VL + s.pitch;
+  float* partial = packed + (size + 63) / 64 * 64;
+  const Block* blocks = reinterpret_cast<const Block*>(data + s.blocks);
+  int nv = int((t.columns + VL - 1) / VL);
+  for (int64_t i = 0; i < s.block_count; ++i) {
+    const Block& b = blocks[i];
+    if (b.row1 <= t.row0 || b.row0 >= t.row1) continue;
+    const char* start = s.is_direct ? reinterpret_cast<const char*>(x.data + t.column0) : pack(s, b, data, x, packed, t);
+    COMPUTE[nv](s, b, data, start, partial, t, y, residual);
+  }
+  if (y.column_stride != 1) {
+    turn(partial, MAX_NV * VL, y.data + t.column0 * y.column_stride + t.row0, y.column_stride, t.row1 - t.row0,
+         t.columns);
+  }
+}
+
+// The part of a step that falls to one of `team` threads: tiles side by side, or rows where there are too few tiles.
+void run_step(const Step& s, const char* data, const Place& x, const Place& y, const Place& residual, int64_t columns,
+              int64_t member, int64_t team) {
+  int64_t width = s.vectors * VL;
+  int64_t tiles = (columns + width - 1) / width;
+  int64_t row_parts = 1;
+  while (row_parts < team && (tiles * row_parts) % team != 0 && tiles < 4 * team) ++row_parts;
+  int64_t parts = tiles * row_parts;
+  const int64_t* cost = reinterpret_cast<const int64_t*>(data + s.row_cost);
+  for (int64_t part = parts * member / team; part < parts * (member + 1) / team; ++part) {
+    int64_t tile = part / row_parts, piece = part % row_parts;
+    auto cut = [&](int64_t k) {
+      int64_t wanted = cost[s.rows] * k / row_parts;
+      return k == row_parts ? s.rows : std::lower_bound(cost, cost + s.rows, wanted) - cost;
+    };
+    Tile t{tile * width, std::min(width, columns - tile * width), cut(piece), cut(piece + 1)};
+    if (t.row0 < t.row1) run_tile(s, data, x, y, residual, t);
+  }
+}
+
+}  // namespace
+
+// Floats in a vector, and vectors in the widest tile: what a program is laid out for.
+extern "C" int64_t vector_length() { return VL; }
+extern "C" int64_t most_vectors() { return MAX_NV; }
+
+// inputs, outputs: float32, [batch, channels, ...] images, or [batch, channels] tokens. batch: images or tokens.
+extern "C" void run_sparse_program(const char* data, const float* const* inputs, float* const* outputs, int64_t batch,
+                                   int64_t threads) {
+  const Header& h = *reinterpret_cast<const Header*>(data);
+  const Step* steps = reinterpret_cast<const Step*>(data + h.steps);
+  const Buffer* buffers = reinterpret_cast<const Buffer*>(data + h.buffers);
+  int64_t per_unit = h.is_tokens ? h.unit_columns : 1;
+  if (h.is_tokens && batch < per_unit * threads) {
+    per_unit = ((batch + threads - 1) / threads + VL - 1) / VL * VL;  // so that every thread has some
+  }
+  const int64_t units = (batch + per_unit - 1) / per_unit;
+  const int64_t apart = h.is_tokens ? units : units / threads * threads;  // each of these belongs to one thread
+  char* shared = apart < units ? arena_memory.get(h.arena_bytes) : nullptr;
+  Barrier barrier;
+
+  auto place = [&](int64_t number, int64_t unit, char* arena) -> Place {
+    if (number < 0) return {nullptr, 0, 0};
+    const Buffer& b = buffers[number];
+    float* base = b.kind == 0 ? reinterpret_cast<float*>(arena + b.index)
+        : b.kind == 1         ? const_cast<float*>(inputs[b.index])
+                              : outputs[b.index];
+    if (b.kind != 0) base += unit * per_unit * b.unit_stride;
+    return {base, b.row_stride, b.column_stride};
+  };
+  auto run_unit = [&](int64_t unit, char* arena, int64_t member, int64_t team) {
+    int64_t tokens = std::min(per_unit, batch - unit * per_unit);
+    for (int64_t i = 0; i < h.step_count; ++i) {
+      const Step& s = steps[i];
+      run_step(s, data, place(s.source, unit, arena), place(s.target, unit, arena), place(s.residual, unit, arena),
+               h.is_tokens ? tokens : s.columns, member, team);
+      barrier.wait(team);
+    }
+  };
+#pragma omp parallel num_threads(int(threads))
+  {
+    int64_t member = omp_get_thread_num(), team = omp_get_num_threads();
+    if (team == threads) {
+      if (apart > 0) {
+        char* own = arena_memory.get(h.arena_bytes);
+        for (int64_t u = apart * member / team; u < apart * (member + 1) / team; ++u) run_unit(u, own, 0, 1);
+      }
+      if (apart < units) barrier.wait(team);  // the shared memory is also one thread's own
+      for (int64_t u = apart; u < units; ++u) run_unit(u, shared, member, team);
+    } else if (member == 0) {  // fewer threads than were asked for
+      char* own = arena_memory.get(h.arena_bytes);
+      for (int64_t u = 0; u < units; ++u) run_unit(u, own, 0, 1);
+    }
+  }
+}

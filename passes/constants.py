@@ -1,0 +1,56 @@
+"""Constants of an inference graph: the tensors that its ``get_attr`` nodes stand for."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from autosparse_fx._compat import FakeTensor
+
+
+def constant(node: object) -> Tensor | None:
+    """The tensor behind a ``get_attr`` node, looked at through transposes; None for everything else."""
+    if not isinstance(node, Node):
+        return None
+    if node.op == "get_attr":
+        value = getattr(node.graph.owning_module, str(node.target), None)
+        return value if isinstance(value, Tensor) else None
+    if node.target is torch.ops.aten.t.default:
+        value = constant(node.args[0])
+        return None if value is None else value.t()
+    if node.target is torch.ops.aten.permute.default:
+        value = constant(node.args[0])
+        return None if value is None else value.permute(node.args[1])  # type: ignore[arg-type]
+    if node.target is torch.ops.aten.transpose.int:
+        value = constant(node.args[0])
+        return None if value is None else value.transpose(*node.args[1:])  # type: ignore[arg-type]
+    return None
+
+
+def new_constant(gm: GraphModule, name: str, value: Tensor, before: Node) -> Node:
+    """Register ``value`` under a free name that starts with ``name``, and return a node for it."""
+    free, number = name, 0
+    while hasattr(gm, free):
+        number += 1
+        free = f"{name}_{number}"
+    gm.register_buffer(free, value.detach().contiguous())
+    with gm.graph.inserting_before(before):
+        node = gm.graph.get_attr(free)
+    value = getattr(gm, free)
+    node.meta["val"] = _fake_mode(gm).from_tensor(value, static_shapes=True)
+    return node
+
+
+def _fake_mode(gm: GraphModule) -> Any:
+    values = (node.meta.get("val") for node in gm.graph.nodes)
+    return next(value.fake_mode for value in values if isinstance(value, FakeTensor))
+
+
+def remove_unused_constants(gm: GraphModule) -> None:
+    """Drop nodes that nothing uses, and the tensors that no node stands for any more."""
+    gm.graph.eliminate_dead_code()
+    used = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
+    for name in [*gm._buffers, *gm._parameters]:
+        if name not in used:
+            delattr(gm, name)

@@ -1,0 +1,36 @@
+"""What may follow a layer and be computed with it: activations, as ATen spells them."""
+
+import torch
+from torch.fx import Node
+
+aten = torch.ops.aten
+
+_BY_NAME = {
+    aten.relu.default: "relu",
+    aten.silu.default: "silu",
+    aten.hardswish.default: "hardswish",
+    aten.sigmoid.default: "sigmoid",
+}
+
+
+def activation_of(node: Node) -> tuple[str, list[float]] | None:
+    """The name of an activation in the sparse operators, with its bounds, or None for another node."""
+    if node.target in _BY_NAME:
+        return _BY_NAME[node.target], []  # type: ignore[index]
+    if node.target is aten.gelu.default:
+        return "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu", []
+    if node.target is aten.hardtanh.default:
+        low, high = [*node.args[1:], *(-1.0, 1.0)[len(node.args) - 1 :]]
+        return "clamp", [float(low), float(high)]  # type: ignore[arg-type]
+    return None
+
+
+def only_user(node: Node) -> Node | None:
+    """The one node that uses this one; None where there is none or more."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def same_shape(a: Node, b: Node) -> bool:
+    """Whether two nodes have the same sizes; symbolic ones by name, so that nothing is guarded."""
+    x, y = a.meta["val"], b.meta["val"]
+    return [str(s) for s in x.shape] == [str(s) for s in y.shape] and x.dtype == y.dtype

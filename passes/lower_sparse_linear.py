@@ -1,0 +1,109 @@
+"""lower_sparse_linear: a product with a constant weight that holds enough zeros becomes ``autosparse::sparse_linear``,
+with the bias that is added and its activation.
+"""
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from autosparse_fx.kernels import ops  # noqa: F401  (the operators must exist)
+from autosparse_fx.kernels.choice import Choice, choose
+from autosparse_fx.passes.constants import constant, new_constant, remove_unused_constants
+from autosparse_fx.passes.epilogues import activation_of, only_user
+from autosparse_fx.passes.lower_sparse_conv import CHOICE
+
+aten = torch.ops.aten
+SPARSE_LINEAR = torch.ops.autosparse.sparse_linear.default
+_VIEWS = (aten.view.default, aten._unsafe_view.default)
+_PRODUCTS = (aten.mm.default, aten.addmm.default)
+COLUMNS = 128  # a chunk of tokens
+
+
+def lower_sparse_linear(gm: GraphModule) -> int:
+    """Lower every such product, whatever the rows of its input are regrouped to before and behind it."""
+    lowered = 0
+    for node in list(gm.graph.nodes):
+        if node.target in _PRODUCTS:
+            choice, weight, bias = _operands(node)
+            node.meta[CHOICE] = choice
+            if choice.is_sparse:
+                assert weight is not None
+                _lower(gm, node, weight, bias)
+                lowered += 1
+    if lowered:
+        _drop_views_that_cancel(gm)
+        remove_unused_constants(gm)
+        gm.recompile()
+    return lowered
+
+
+def _operands(node: Node) -> tuple[Choice, Tensor | None, Tensor | None]:
+    """The choice, the weight ``[rows, channels]`` and the bias ``[rows]`` of a product."""
+    bias = None
+    if node.target is aten.addmm.default:
+        if node.kwargs:
+            return Choice(False, "a scaled product"), None, None
+        bias = constant(node.args[0])
+        if bias is None or bias.dim() != 1:
+            return Choice(False, "its bias is no constant vector"), None, None
+    matrix = constant(node.args[-1])
+    if matrix is None or node.args[-2].meta["val"].dim() != 2:  # type: ignore[union-attr]
+        return Choice(False, "its weight is no constant"), None, None
+    if matrix.dtype != torch.float32 or node.meta["val"].dtype != torch.float32:
+        return Choice(False, f"{matrix.dtype} (sparse kernels compute in float32)"), None, None
+    weight = matrix.detach().t()
+    rows, channels = weight.shape
+    entries = int(weight.count_nonzero())
+    tokens = node.meta["val"].shape[0]
+    columns = min(tokens, COLUMNS) if isinstance(tokens, int) else COLUMNS
+    choice = choose(
+        entries=entries, rows=rows, depth=channels, channels=channels, columns=columns, is_plain=True
+    )
+    return choice, weight, bias
+
+
+def _lower(gm: GraphModule, node: Node, weight: Tensor, bias: Tensor | None) -> None:
+    end, regrouped, activation, clamp = node, None, "none", []
+    while (user := only_user(end)) is not None:
+        if user.target in _VIEWS and user.meta["val"].shape[-1] == weight.shape[0]:
+            regrouped = user
+        elif user.target is aten.add.Tensor and bias is None and (added := _vector(user, end, weight)) is not None:
+            bias = added
+        elif (found := activation_of(user)) is not None:
+            activation, clamp = found
+            end = user
+            break
+        else:
+            break
+        end = user
+    if bias is None:
+        bias = weight.new_zeros(weight.shape[0])
+    new_weight = new_constant(gm, f"{node.name}_weight", weight, node)
+    new_bias = new_constant(gm, f"{node.name}_bias", bias, node)
+    with gm.graph.inserting_before(end):
+        lowered = gm.graph.call_function(SPARSE_LINEAR, (node.args[-2], new_weight, new_bias, activation, clamp))
+        lowered.meta.update(node.meta)
+        result = lowered
+        if regrouped is not None:
+            result = gm.graph.call_function(aten.view.default, (lowered, regrouped.args[1]))
+            result.meta["val"] = end.meta["val"]
+    end.replace_all_uses_with(result)
+    gm.graph.eliminate_dead_code()
+
+
+def _vector(add: Node, summand: Node, weight: Tensor) -> Tensor | None:
+    """The constant vector that is added to every row, if that is what is added."""
+    if add.kwargs:
+        return None
+    vector = next((constant(other) for other in add.args if other is not summand), None)
+    return vector if vector is not None and vector.shape == weight.shape[:1] else None
+
+
+def _drop_views_that_cancel(gm: GraphModule) -> None:
+    for view in gm.graph.find_nodes(op="call_function", target=aten.view.default):
+        source = view.args[0]
+        while source.target in _VIEWS:
+            source = source.args[0]
+        shapes = [[str(size) for size in node.meta["val"].shape] for node in (source, view)]
+        if source is not view.args[0] and shapes[0] == shapes[1] and source.target is SPARSE_LINEAR:
+            view.replace_all_uses_with(source)
