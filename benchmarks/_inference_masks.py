@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+DISTRIBUTIONS = ("uniform", "erk", "str")
 # The overall sparsity, in per cent, of the ResNet-50 that STR's authors published nearest to each.
 STR_MODELS = {0.8: "81.27", 0.9: "90.23", 0.95: "95.15"}
 STR_FILE = Path("str-budgets") / "STR_Budgets_ResNet50.csv"

@@ -2,10 +2,11 @@
 
 import statistics
 from collections.abc import Iterable, Mapping
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
+from _inference_masks import DISTRIBUTIONS
 from _inference_systems import SYSTEMS
 
 BASELINE = "inductor"
@@ -64,9 +65,13 @@ def _faster_at_low_precision(result: Result) -> str:
     return ", ".join(f"{name} ({ratio:.2f}x)" for name, ratio in ratios.items() if ratio and ratio > 1) or "none"
 
 
+def _column(result: Result) -> tuple[int, int]:
+    return result["batch"], DISTRIBUTIONS.index(result["distribution"])
+
+
 def _group(result: Result) -> tuple[Any, ...]:
     machine = result["machine"]
-    return result["model"], result["batch"], result["distribution"], machine["device"], result["threads"]
+    return result["model"], *_column(result), machine["device"], machine["features"], result["threads"]
 
 
 def _versions(results: Iterable[Result]) -> str:
@@ -91,12 +96,13 @@ def _skipped(results: Iterable[Result]) -> list[str]:
 
 
 def print_tables(results: list[dict[str, Any]]) -> None:
-    """One table per network, batch size and distribution; plain numbers are speed-ups over the baseline."""
-    for (model, batch, distribution, device, threads), group in groupby(sorted(results, key=_group), key=_group):
+    """One table per network, batch size and distribution; plain numbers are speed-ups over frozen Inductor."""
+    for _, group in groupby(sorted(results, key=_group), key=_group):
         rows = sorted(group, key=lambda result: result["sparsity"])
+        model, batch, distribution, threads = (rows[0][key] for key in ("model", "batch", "distribution", "threads"))
         names = [name for name in SYSTEMS if any("seconds" in row["systems"].get(name, {}) for row in rows)]
-        features = ", ".join(rows[0]["machine"]["features"])
-        print(f"\n**{model}, batch {batch}, {distribution}** ({device}, {features}; {threads} threads)\n")
+        machine = ", ".join([rows[0]["machine"]["device"], *rows[0]["machine"]["features"]])
+        print(f"\n**{model}, batch {batch}, {distribution}** ({machine}; threads: {threads})\n")
         shown = [name for name in names if name != BASELINE]
         over = [name for name in ("onnxruntime", "deepsparse") if name in names]
         columns = ["sparsity", f"{BASELINE}, ms", *shown, *(f"autosparse over {name}" for name in over)]
@@ -119,16 +125,13 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = list(dict.fromkeys(result["model"] for result in results))
-    columns = sorted({(result["batch"], result["distribution"]) for result in results}, key=lambda c: (c[0], c[1]))
+    rows = sorted({result["model"] for result in results})
+    columns = sorted({_column(result) for result in results})
     size = (3.2 * len(columns) + 1.6, 2.7 * len(rows) + 0.6)
     figure, grid = pyplot.subplots(len(rows), len(columns), figsize=size, squeeze=False, layout="constrained")
-    for panel, (model, column) in zip(
-        grid.flat, ((model, column) for model in rows for column in columns), strict=True
-    ):
-        chosen = [r for r in results if (r["model"], (r["batch"], r["distribution"])) == (model, column)]
+    for panel, (model, column) in zip(grid.flat, product(rows, columns), strict=True):
+        chosen = [result for result in results if result["model"] == model and _column(result) == column]
         _draw_panel(panel, sorted(chosen, key=lambda result: result["sparsity"]))
-        panel.set_title(f"{model}, batch {column[0]}, {column[1]}", fontsize=9)
     labels = {
         label: line for panel in grid.flat for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
@@ -143,11 +146,14 @@ def _draw_panel(panel: Any, results: list[dict[str, Any]]) -> None:
     if not results:
         panel.set_axis_off()
         return
+    panel.axhline(1, color="grey", linewidth=1)
     for index, (name, system) in enumerate(SYSTEMS.items()):
         points = [(r["sparsity"], ratio) for r in results if (ratio := speedup(r, name, BASELINE))]
-        if points:
-            style = {"color": f"C{index}", "linestyle": "--" if system.low_precision else "-", "marker": "o"}
-            panel.plot(*zip(*points, strict=True), label=name, markersize=3, **style)
+        if points and name != BASELINE:
+            color, width = ("black", 2.5) if name == "autosparse" else (f"C{index}", 1.2)
+            dashes = "--" if system.low_precision else "-"
+            panel.plot(*zip(*points, strict=True), dashes, marker="o", markersize=3, c=color, lw=width, label=name)
+    panel.set_title(f"{results[0]['model']}, batch {results[0]['batch']}, {results[0]['distribution']}", fontsize=9)
     panel.set_xticks([result["sparsity"] for result in results])
     panel.set_ylim(bottom=0)
     panel.grid(alpha=0.3)

@@ -33,6 +33,7 @@ import contextlib
 import json
 import os
 import platform
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -46,7 +47,7 @@ from torch import nn
 
 import _inference_tables
 from _core_latency import CoreLatency
-from _inference_masks import NotAvailable, layer_sparsities
+from _inference_masks import DISTRIBUTIONS, NotAvailable, layer_sparsities
 from _inference_models import BUILDERS, build_sparse, example_input, export_onnx, maskable
 from _inference_process import SystemProcess
 from _inference_systems import SYSTEMS
@@ -54,7 +55,6 @@ from _inference_tables import BASELINE, summarized
 from train_step import cpu_name
 
 RESULTS = Path(__file__).resolve().parent / "results" / "inference"
-DISTRIBUTIONS = ("uniform", "erk", "str")
 TOLERANCE = 1e-5
 CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "sve", "bf16")
 
@@ -149,8 +149,12 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in running}
         for _ in range(args.rounds):
             between_cores.append(latency.nanoseconds())
-            for name, process in running.items():
-                rounds[name].append(process.rested_burst(args.burst_seconds))
+            for name in list(rounds):
+                burst = running[name].rested_burst(args.burst_seconds)
+                rounds[name].append(burst)
+                if "skipped" in burst:
+                    found[name] = burst
+                    del rounds[name]
     for name, bursts in rounds.items():
         found[name] |= {key: [burst[key] for burst in bursts] for key in bursts[0]}
     return summarized(
@@ -211,6 +215,8 @@ def interpreters(named: list[str]) -> dict[str, str]:
         systems = [name for name in SYSTEMS if name == family or name.startswith(f"{family}-")]
         if not separator or not systems:
             raise SystemExit(f"--peer-python {item}: write SYSTEM=PATH, with one of {', '.join(SYSTEMS)}")
+        if shutil.which(python) is None:
+            raise SystemExit(f"--peer-python {item}: {python} cannot be run")
         found |= dict.fromkeys(systems, python)
     return found
 
