@@ -1,5 +1,6 @@
 """The benchmark's end of a system that runs in a process of its own."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -42,7 +43,8 @@ class SystemProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # what a process that died did not read
+            self._process.stdin.close()
         try:
             self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:
@@ -63,7 +65,7 @@ class SystemProcess:
         reason = answer.get("failed") or answer.get("skipped")
         if reason and SYSTEMS[self.name].required:
             raise SystemExit(f"{self.name}: {reason}\n{self._last_words()}")
-        return {"skipped": f"{reason}; {self._last_words(1)}"} if "failed" in answer else answer
+        return {"skipped": "; ".join(filter(None, (reason, self._last_words(1))))} if "failed" in answer else answer
 
     def rested_burst(self, seconds: float) -> dict[str, Any]:
         """A burst that starts when the system before it has come to rest."""
