@@ -10,7 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CACHE_BYTES = 32 * 1024  # of the first-level cache, for the packed channels of a tile
+# For the packed channels of a tile. Taps of a grid are not aligned, which costs more from the second-level cache.
+CACHE_BYTES = {"plain": 64 * 1024, "direct": 64 * 1024, "gathered": 64 * 1024, "grid": 32 * 1024}
+GATHER_ROWS = 64  # of a weight, from which packing a row per tap pays
+MODES = ("plain", "direct", "grid", "gathered")
 ACTIVATIONS = ("none", "relu", "clamp", "gelu", "gelu_tanh", "silu", "hardswish", "sigmoid")
 BUFFER_KINDS = ("arena", "input", "output")
 _ALIGNMENT = 64
@@ -52,7 +55,7 @@ class Step:
         bias: ``[rows]``, float32.
         clamp: bounds, of the activation "clamp".
         vectors, block_channels: the tile's width and the channels that are packed at a time; 0 is the default.
-        is_direct: read the source where it lies instead of packing it; for 1x1 and sources in the arena.
+        mode: how columns are read, one of MODES; "" is the default.
     """
 
     source: int
@@ -66,7 +69,7 @@ class Step:
     clamp: tuple[float, float] = (0.0, 0.0)
     vectors: int = 0
     block_channels: int = 0
-    is_direct: bool = False
+    mode: str = ""
 
 
 @dataclass
@@ -98,28 +101,31 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class _Grid:
-    """The columns that a step computes, and where the taps of its kernel lie in the packed planes."""
+class _Planes:
+    """The zero-padded planes that hold one channel, one per phase of the stride, and where taps start in them."""
 
-    is_plain: bool
-    pitch: int
-    columns: int
     phases: list[tuple[int, int]]
     reach: tuple[int, int]  # rows and columns that taps go beyond a pixel's own
+    pitch: int
+    rows: int
+
+    @property
+    def stride(self) -> int:
+        return self.rows * self.pitch
+
+    def tap(self, y: int, x: int, window: Window) -> int:
+        y, x = y * window.dilation[0], x * window.dilation[1]
+        phase = self.phases.index((y % window.stride[0], x % window.stride[1]))
+        return phase * self.stride + y // window.stride[0] * self.pitch + x // window.stride[1]
 
     @staticmethod
-    def of(window: Window, kernel: tuple[int, int]) -> "_Grid":
-        (height, width), (out_height, out_width) = window.in_size, window.out_size
-        is_plain = kernel == (1, 1) and window.stride == (1, 1) and window.padding == (0, 0)
-        if is_plain:
-            assert (height, width) == (out_height, out_width)
-            return _Grid(True, out_width, out_height * out_width, [(0, 0)], (0, 0))
+    def of(window: Window, kernel: tuple[int, int], touched_rows: int) -> "_Planes":
+        """For a tile that touches so many rows of the output."""
         taps_y = [k * window.dilation[0] for k in range(kernel[0])]
         taps_x = [k * window.dilation[1] for k in range(kernel[1])]
         phases = sorted({(y % window.stride[0], x % window.stride[1]) for y in taps_y for x in taps_x})
         reach = taps_y[-1] // window.stride[0], taps_x[-1] // window.stride[1]
-        pitch = out_width + reach[1]
-        return _Grid(False, pitch, (out_height - 1) * pitch + out_width, phases, reach)
+        return _Planes(phases, reach, window.out_size[1] + reach[1], touched_rows + reach[0])
 
 
 def _tile_vectors(columns: int, machine: Machine) -> int:
@@ -131,34 +137,44 @@ def _tile_vectors(columns: int, machine: Machine) -> int:
 class _StepWriter:
     """Lays out one step in a blob."""
 
-    def __init__(self, step: Step, row_stride: int, machine: Machine, tokens: int) -> None:
-        self.step, self.machine = step, machine
-        rows, group_channels, *kernel = step.weight.shape
-        self.rows, self.group_channels, self.kernel = rows, group_channels, (kernel[0], kernel[1])
-        self.grid = _Grid.of(step.window, self.kernel)
-        columns = tokens or self.grid.columns
-        self.vectors = step.vectors or _tile_vectors(columns, machine)
-        width = self.vectors * machine.vector_length
-        if self.grid.is_plain:
-            self.phase_rows, self.phase_stride = 0, 0
-            self.channel_stride = width
-            if step.is_direct:
-                self.channel_stride = row_stride
+    def __init__(self, step: Step, machine: Machine, tokens: int) -> None:
+        self.step, self.window = step, step.window
+        self.rows, self.group_channels, *kernel = step.weight.shape
+        self.kernel = kernel[0], kernel[1]
+        self.mode = step.mode or self._default_mode()
+        height, out_width = self.window.out_size
+        pitch = _Planes.of(self.window, self.kernel, 1).pitch
+        self.pitch = pitch if self.mode == "grid" else out_width
+        self.columns = (height - 1) * self.pitch + out_width
+        self.vectors = step.vectors or _tile_vectors(tokens or self.columns, machine)
+        width = self.width = self.vectors * machine.vector_length
+        touched = -(-(width + self.pitch - 1) // self.pitch)
+        self.planes = _Planes.of(self.window, self.kernel, min(touched, height))
+        taps = [self.planes.tap(y, x, self.window) for y in range(self.kernel[0]) for x in range(self.kernel[1])]
+        self.taps = taps
+        if self.mode == "grid":
+            floats = len(self.planes.phases) * self.planes.stride + self.planes.reach[1]
+            self.channel_stride = _round_up(floats, machine.vector_length)
         else:
-            touched = -(-(width + self.grid.pitch - 1) // self.grid.pitch)
-            self.phase_rows = touched + self.grid.reach[0]
-            self.phase_stride = self.phase_rows * self.grid.pitch
-            self.channel_stride = _round_up(
-                self.phase_stride * len(self.grid.phases) + self.grid.reach[1], machine.vector_length
-            )
-        read = width if self.grid.is_plain else self.channel_stride
-        fitting = max(1, CACHE_BYTES // (4 * read))
-        wanted = min(group_channels, step.block_channels or fitting)
-        self.block_channels = -(-group_channels // -(-group_channels // wanted))
+            self.channel_stride = width * len(taps)
+        wanted = step.block_channels or max(1, CACHE_BYTES[self.mode] // (4 * self.channel_stride))
+        # As few blocks as that allows, all of about the same size.
+        self.block_channels = -(-self.group_channels // -(-self.group_channels // min(self.group_channels, wanted)))
+
+    def read_tiles(self) -> None:
+        """Read the source where it lies, which is in tiles."""
+        assert self.mode == "plain"
+        self.mode = "direct"
+
+    def _default_mode(self) -> str:
+        window = self.window
+        if self.kernel == (1, 1) and window.stride == (1, 1) and window.padding == (0, 0):
+            return "plain"
+        return "gathered" if self.rows // self.step.groups >= GATHER_ROWS else "grid"
 
     def write(self, blob: _Blob) -> list[int | float]:
         """Append the step's data, and return the fields of the C++ struct."""
-        step, window, grid = self.step, self.step.window, self.grid
+        step, window, planes = self.step, self.window, self.planes
         blocks = self._blocks(blob)
         cost = np.concatenate([[0], np.cumsum(_entries_per_row(step.weight) + 1)]).astype(np.int64)
         return [
@@ -172,17 +188,18 @@ class _StepWriter:
             *window.out_size,
             *window.stride,
             *window.padding,
-            # Where columns and pixels are the same there is nothing to drop.
-            window.out_size[1] if grid.is_plain else grid.pitch,
-            grid.columns,
+            self.pitch,
+            self.columns,
             self.vectors,
-            int(step.is_direct),
-            int(grid.is_plain),
+            MODES.index(self.mode),
             self.channel_stride,
-            self.phase_rows,
-            self.phase_stride,
-            blob.add(np.array(grid.phases, np.int64)),
-            len(grid.phases),
+            planes.pitch,
+            planes.rows,
+            planes.stride,
+            blob.add(np.array(planes.phases, np.int64)),
+            len(planes.phases),
+            blob.add(np.array(self.taps, np.int64)),
+            len(self.taps),
             blob.add(step.bias.numpy().astype(np.float32)),
             blob.add(np.array(blocks, np.int64)),
             len(blocks),
@@ -198,27 +215,18 @@ class _StepWriter:
             base = group * self.group_channels
             for start in range(0, self.group_channels, self.block_channels):
                 stop = min(start + self.block_channels, self.group_channels)
-                starts, entries = self._entries(weight[:, start:stop], base + start)
+                starts, entries = self._entries(weight[:, start:stop])
                 is_first, is_last = start == 0, stop == self.group_channels
                 row0 = group * rows
-                blocks.append(
-                    [row0, row0 + rows, base + start, base + stop, int(is_first), int(is_last)]
-                    + [blob.add(starts), blob.add(entries)]
-                )
+                rows_and_channels = row0, row0 + rows, base + start, base + stop
+                blocks.append([*rows_and_channels, int(is_first), int(is_last), blob.add(starts), blob.add(entries)])
         return blocks
 
-    def _entries(self, weight: Tensor, channel0: int) -> tuple[np.ndarray, np.ndarray]:
+    def _entries(self, weight: Tensor) -> tuple[np.ndarray, np.ndarray]:
         row, channel, y, x = (i.numpy() for i in weight.nonzero(as_tuple=True))
-        window, grid = self.step.window, self.grid
-        if self.step.is_direct:
-            channel = channel + channel0
-        y, x = y * window.dilation[0], x * window.dilation[1]
-        number = np.zeros((window.stride[0], window.stride[1]), np.int64)
-        for index, phase in enumerate(grid.phases):
-            number[phase] = index
-        phase = number[y % window.stride[0], x % window.stride[1]]
-        offset = channel * self.channel_stride + phase * self.phase_stride
-        offset = offset + y // window.stride[0] * grid.pitch + x // window.stride[1]
+        tap = y * self.kernel[1] + x
+        within = np.array(self.taps)[tap] if self.mode == "grid" else tap * self.width
+        offset = channel * self.channel_stride + within
         entries = np.empty(len(row), np.dtype([("offset", np.int32), ("value", np.float32)]))
         entries["offset"], entries["value"] = offset * 4, weight[weight != 0].numpy()
         starts = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=weight.shape[0]))]).astype(np.int32)
@@ -246,15 +254,20 @@ def assemble(steps: Sequence[Step], buffers: Sequence[Buffer], machine: Machine,
     header_size = 8 * 6
     blob.add(np.zeros(header_size, np.uint8))
     chunk = machine.most_vectors * machine.vector_length if is_tokens else 0
-    strides = [_row_stride(b, machine, chunk) for b in buffers]
-    positions, arena_bytes = _place(steps, buffers, strides)
+    writers = [_StepWriter(step, machine, chunk) for step in steps]
+    tiled = _tiled_buffers(writers, buffers)
+    for writer in writers:
+        if writer.step.source in tiled:
+            writer.read_tiles()
+    layouts = [_layout(buffer, tiled.get(number, 0), machine, is_tokens) for number, buffer in enumerate(buffers)]
+    positions, arena_bytes = _place(steps, buffers, [layout.floats for layout in layouts])
     written = []
-    for step in steps:
-        fields = _StepWriter(step, strides[step.source], machine, chunk).write(blob)
+    for writer in writers:
+        fields = writer.write(blob)
         written.append(b"".join(np.array([f], np.float64 if isinstance(f, float) else np.int64).tobytes() for f in fields))
     rows = [
-        [BUFFER_KINDS.index(b.kind), position, *stride_fields(b, stride, is_tokens), b.channels]
-        for b, position, stride in zip(buffers, positions, strides, strict=True)
+        [BUFFER_KINDS.index(b.kind), position, *astuple(layout)[:4]]
+        for b, position, layout in zip(buffers, positions, layouts, strict=True)
     ]
     steps_at = blob.add(np.frombuffer(b"".join(written), np.uint8))
     buffers_at = blob.add(np.array(rows, np.int64))
@@ -264,22 +277,47 @@ def assemble(steps: Sequence[Step], buffers: Sequence[Buffer], machine: Machine,
     return torch.frombuffer(data, dtype=torch.uint8)
 
 
-def _row_stride(buffer: Buffer, machine: Machine, chunk: int) -> int:
-    if buffer.kind != "arena":
-        return buffer.columns
-    return chunk or _round_up(buffer.columns, machine.vector_length)
+def _tiled_buffers(writers: Sequence[_StepWriter], buffers: Sequence[Buffer]) -> dict[int, int]:
+    """The buffers that can hold tile after tile, with the width of those tiles.
+
+    That is how 1x1 layers like their source; everyone else who touches the buffer must have the same tiles.
+    """
+    uses: dict[int, set[tuple[int, bool]]] = {}
+    for writer in writers:
+        step, width = writer.step, writer.width
+        uses.setdefault(step.source, set()).add((width, writer.mode == "plain"))
+        for number in (step.target, step.residual):
+            uses.setdefault(number, set()).add((width, writer.mode != "grid"))
+    return {
+        number: next(iter(widths))[0]
+        for number, widths in uses.items()
+        if number >= 0 and buffers[number].kind == "arena" and len(widths) == 1 and next(iter(widths))[1]
+    }
 
 
-def stride_fields(buffer: Buffer, row_stride: int, is_tokens: bool) -> tuple[int, int, int]:
-    """Floats between channels, between columns, and between images (or tokens)."""
-    if buffer.kind == "arena":
-        return row_stride, 1, 0
+@dataclass(frozen=True)
+class _Layout:
+    """Floats between channels, between columns, between images (or tokens), and between tiles; and all of an image."""
+
+    row_stride: int
+    column_stride: int
+    unit_stride: int
+    tile_floats: int
+    floats: int
+
+
+def _layout(buffer: Buffer, tile_width: int, machine: Machine, is_tokens: bool) -> _Layout:
+    if tile_width:
+        tiles = 1 if is_tokens else -(-buffer.columns // tile_width)
+        return _Layout(tile_width, 1, 0, tile_width * buffer.channels, tiles * tile_width * buffer.channels)
     if is_tokens:
-        return 1, buffer.channels, buffer.channels
-    return row_stride, 1, buffer.channels * buffer.columns
+        assert buffer.kind != "arena"
+        return _Layout(1, buffer.channels, buffer.channels, 0, 0)
+    stride = buffer.columns if buffer.kind != "arena" else _round_up(buffer.columns, machine.vector_length)
+    return _Layout(stride, 1, buffer.channels * stride, 0, buffer.channels * stride)
 
 
-def _place(steps: Sequence[Step], buffers: Sequence[Buffer], strides: Sequence[int]) -> tuple[list[int], int]:
+def _place(steps: Sequence[Step], buffers: Sequence[Buffer], floats: Sequence[int]) -> tuple[list[int], int]:
     """Give every buffer of the arena a place that nothing else has while it lives; first fit."""
     lives: dict[int, list[int]] = {}
     for time, step in enumerate(steps):
@@ -290,7 +328,7 @@ def _place(steps: Sequence[Step], buffers: Sequence[Buffer], strides: Sequence[i
     placed: list[tuple[int, int, list[int]]] = []
     slack = 4096  # a tile's last vectors reach beyond the last row
     for number, life in sorted(lives.items(), key=lambda item: item[1][0]):
-        size = _round_up(4 * buffers[number].channels * strides[number], 64) + slack
+        size = _round_up(4 * floats[number], 64) + slack
         at = 0
         for start, stop, other in sorted(placed, key=lambda p: p[:2]):
             if life[0] <= other[1] and other[0] <= life[1] and at < stop and start < at + size:
@@ -299,10 +337,3 @@ def _place(steps: Sequence[Step], buffers: Sequence[Buffer], strides: Sequence[i
         placed.append((at, at + size, life))
     return positions, max((stop for _, stop, _ in placed), default=0)
 
-
-def program_entries(step: Step) -> int:
-    """The multiply-adds per column that a step makes: its weights that are not zero."""
-    return int(step.weight.count_nonzero())
-
-
-__all__ = ["ACTIVATIONS", "Buffer", "Machine", "Step", "Window", "assemble", "astuple", "program_entries"]

@@ -3,9 +3,10 @@
 // program.py, which writes what the structs below read); only the tile width is compiled in.
 //
 // A step computes Y[m][p] = act(bias[m] + sum_e value[e] * X[offset[e] + p] + residual[m][p]) for tiles of p that are
-// NV vectors wide, and for blocks of input channels that fit the first-level cache. A tap of a kernel larger than 1x1
-// is an offset into the block like any other: the block holds zero-padded planes (one per phase of the stride) and p
-// runs over their grid, whose columns beyond the output's are computed and dropped.
+// NV vectors wide, and for blocks of input channels that fit a cache. A tap of a kernel larger than 1x1 is an offset into
+// the block like any other. Either the block holds zero-padded planes (one per phase of the stride), and p runs over
+// their grid, whose columns beyond the output's are computed and dropped (GRID); or it holds a row per channel and tap,
+// all of them aligned, which costs more to pack and pays when many rows of the weight read it (GATHERED).
 
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
@@ -45,7 +46,14 @@ struct Buffer {
   int64_t row_stride;  // floats from one channel to the next
   int64_t column_stride;  // floats from one column to the next: 1, or the channels where they are contiguous (tokens)
   int64_t unit_stride;  // floats from one image to the next, or from one token to the next
-  int64_t channels;
+  int64_t tile_floats;  // of a buffer that holds tile after tile, of the steps that write and read it; 0 for others
+};
+
+enum Mode : int64_t {
+  PLAIN,  // 1x1, stride 1: columns are taken as they are
+  DIRECT,  // the same, read where it lies: the source is in tiles
+  GRID,
+  GATHERED,
 };
 
 enum Activation : int64_t { NONE, RELU, CLAMP, GELU, GELU_TANH, SILU, HARDSWISH, SIGMOID };
@@ -60,13 +68,15 @@ struct Step {
   int64_t pitch;  // of the grid; out_width where columns and grid are the same
   int64_t columns;  // of the grid
   int64_t vectors;  // width of a tile
-  int64_t is_direct;  // the source is read where it lies
-  int64_t is_plain;  // 1x1, stride 1, no padding: columns are taken as they are
+  int64_t mode;
   int64_t channel_stride;  // floats of one channel in the packed block
+  int64_t plane_pitch;  // floats of a row of a zero-padded plane
   int64_t phase_rows;  // grid rows that are packed per tile
   int64_t phase_stride;  // floats of one phase
   int64_t phases;  // byte position in data: pairs (py, px), int64
   int64_t phase_count;
+  int64_t taps;  // byte position in data: where each tap starts in the planes, int64
+  int64_t tap_count;
   int64_t bias;  // byte position in data, rows floats
   int64_t blocks;  // byte position in data
   int64_t block_count;
@@ -118,19 +128,26 @@ struct Barrier {  // of the threads that share an image
   }
 };
 
-inline Vec activate(Vec x, const Step& s) {
+template <int NV>
+inline void activate(Vec (&x)[NV], const Step& s) {
+  auto each = [&](auto f) {
+    for (int j = 0; j < NV; ++j) x[j] = f(x[j]);
+  };
   switch (s.activation) {
-    case RELU: return at::vec::maximum(x, Vec(0.f));
-    case CLAMP: return at::vec::clamp(x, Vec(float(s.low)), Vec(float(s.high)));
-    case GELU: return Vec(0.5f) * x * (Vec(1.f) + (x * Vec(0.70710678118654752440f)).erf());
-    case GELU_TANH: {
-      Vec inner = Vec(0.79788456080286535588f) * (x + Vec(0.044715f) * x * x * x);
-      return Vec(0.5f) * x * (Vec(1.f) + inner.tanh());
-    }
-    case SILU: return x / (Vec(1.f) + x.neg().exp());
-    case HARDSWISH: return x * at::vec::clamp(x + Vec(3.f), Vec(0.f), Vec(6.f)) / Vec(6.f);
-    case SIGMOID: return Vec(1.f) / (Vec(1.f) + x.neg().exp());
-    default: return x;
+    case RELU: return each([](Vec v) { return at::vec::maximum(v, Vec(0.f)); });
+    case CLAMP: return each([&](Vec v) { return at::vec::clamp(v, Vec(float(s.low)), Vec(float(s.high))); });
+    case GELU:
+      return each([](Vec v) { return Vec(0.5f) * v * (Vec(1.f) + (v * Vec(0.70710678118654752440f)).erf()); });
+    case GELU_TANH:
+      return each([](Vec v) {
+        Vec inner = Vec(0.79788456080286535588f) * (v + Vec(0.044715f) * v * v * v);
+        return Vec(0.5f) * v * (Vec(1.f) + inner.tanh());
+      });
+    case SILU: return each([](Vec v) { return v / (Vec(1.f) + v.neg().exp()); });
+    case HARDSWISH:
+      return each([](Vec v) { return v * at::vec::clamp(v + Vec(3.f), Vec(0.f), Vec(6.f)) / Vec(6.f); });
+    case SIGMOID: return each([](Vec v) { return Vec(1.f) / (Vec(1.f) + v.neg().exp()); });
+    default: return;
   }
 }
 
@@ -142,23 +159,50 @@ struct Tile {
 
 struct Place {  // where a buffer lies for this unit
   float* data;
-  int64_t row_stride, column_stride;
+  int64_t row_stride, column_stride, tile_floats;
+
+  Place in_tile(int64_t tile, int64_t width) const {
+    return tile_floats == 0 ? *this
+                            : Place{data + tile * (tile_floats - width), row_stride, column_stride, tile_floats};
+  }
 };
 
-// Rows of one block. `partial` holds the sums between blocks: [rows][NV * VL].
+// Writes one row of a tile whose columns lie on a wider grid than the output: a row of the output at a time.
+void write_compact(const Step& s, const float* line, Tile t, int64_t m, const Place& y, const Place& residual) {
+  int64_t column = t.column0, done = 0;
+  while (done < t.columns) {
+    int64_t oy = column / s.pitch, ox = column % s.pitch;
+    int64_t here = std::min(s.pitch - ox, t.columns - done);
+    int64_t keep = std::min(here, s.out_width - ox);
+    int64_t at = oy * s.out_width + ox;
+    for (int64_t i = 0; oy < s.out_height && i < keep; i += VL) {
+      int n = int(std::min<int64_t>(VL, keep - i));
+      Vec value[1] = {Vec::loadu(line + done + i, n)};
+      if (residual.data != nullptr) {
+        value[0] = value[0] + Vec::loadu(residual.data + m * residual.row_stride + at + i, n);
+      }
+      activate(value, s);
+      value[0].store(y.data + m * y.row_stride + at + i, n);
+    }
+    column += here;
+    done += here;
+  }
+}
+
+// Rows of one block. `partial` holds the sums between blocks: [rows][s.vectors * VL].
 template <int NV>
 void compute(const Step& s, const Block& b, const char* data, const char* x, float* partial, Tile t, const Place& y,
              const Place& residual) {
   const int32_t* starts = reinterpret_cast<const int32_t*>(data + b.starts);
   const Entry* entries = reinterpret_cast<const Entry*>(data + b.entries);
   const float* bias = reinterpret_cast<const float*>(data + s.bias);
-  const bool compact = s.pitch != s.out_width;
-  const bool to_partial = !b.last || y.column_stride != 1;
+  const int64_t partial_stride = s.vectors * VL;
+  const bool is_turned = y.column_stride != 1;  // tokens: the caller turns the finished tile around
   const int tail = int(t.columns - (NV - 1) * VL);
   alignas(64) float line[MAX_NV * VL];
   for (int64_t m = std::max(b.row0, t.row0), end = std::min(b.row1, t.row1); m < end; ++m) {
     Vec acc[NV];
-    float* sums = partial + (m - t.row0) * (MAX_NV * VL);
+    float* sums = partial + (m - t.row0) * partial_stride;
     if (b.first) {
       for (int j = 0; j < NV; ++j) acc[j] = Vec(bias[m]);
     } else {
@@ -174,51 +218,22 @@ void compute(const Step& s, const Block& b, const char* data, const char* x, flo
     }
     if (!b.last) {
       for (int j = 0; j < NV; ++j) acc[j].store(sums + j * VL);
-      continue;
-    }
-    if (to_partial) {  // tokens: the caller turns the tile around
-      if (residual.data != nullptr) {
-        for (int64_t i = 0; i < t.columns; ++i) {
-          line[i] = residual.data[(t.column0 + i) * residual.column_stride + m * residual.row_stride];
-        }
-        for (int j = 0; j < NV; ++j) acc[j] = acc[j] + Vec::loadu(line + j * VL);
-      }
-      for (int j = 0; j < NV; ++j) activate(acc[j], s).store(sums + j * VL);
-    } else if (!compact) {
+    } else if (is_turned) {
+      activate(acc, s);
+      for (int j = 0; j < NV; ++j) acc[j].store(sums + j * VL);
+    } else if (s.mode == GRID && s.pitch != s.out_width) {
+      for (int j = 0; j < NV; ++j) acc[j].store(line + j * VL);
+      write_compact(s, line, t, m, y, residual);
+    } else {
       float* out = y.data + m * y.row_stride + t.column0;
       if (residual.data != nullptr) {
         const float* add = residual.data + m * residual.row_stride + t.column0;
         for (int j = 0; j < NV - 1; ++j) acc[j] = acc[j] + Vec::loadu(add + j * VL);
         acc[NV - 1] = acc[NV - 1] + Vec::loadu(add + (NV - 1) * VL, tail);
       }
-      for (int j = 0; j < NV; ++j) acc[j] = activate(acc[j], s);
+      activate(acc, s);
       for (int j = 0; j < NV - 1; ++j) acc[j].store(out + j * VL);
-      if (tail == VL) {
-        acc[NV - 1].store(out + (NV - 1) * VL);
-      } else {
-        acc[NV - 1].store(out + (NV - 1) * VL, tail);
-      }
-    } else {
-      for (int j = 0; j < NV; ++j) acc[j].store(line + j * VL);
-      int64_t column = t.column0, done = 0;
-      while (done < t.columns) {  // one row of the output at a time
-        int64_t oy = column / s.pitch, ox = column % s.pitch;
-        int64_t here = std::min(s.pitch - ox, t.columns - done);
-        int64_t keep = std::min(here, s.out_width - ox);
-        if (oy < s.out_height) {
-          int64_t at = oy * s.out_width + ox;
-          for (int64_t i = 0; i < keep; i += VL) {
-            int n = int(std::min<int64_t>(VL, keep - i));
-            Vec value = Vec::loadu(line + done + i, n);
-            if (residual.data != nullptr) {
-              value = value + Vec::loadu(residual.data + m * residual.row_stride + at + i, n);
-            }
-            activate(value, s).store(y.data + m * y.row_stride + at + i, n);
-          }
-        }
-        column += here;
-        done += here;
-      }
+      acc[NV - 1].store(out + (NV - 1) * VL, tail);
     }
   }
 }
@@ -244,78 +259,120 @@ void turn(const float* src, int64_t src_stride, float* dst, int64_t dst_stride, 
   }
 }
 
-// Copy `count` elements, `step` apart, for columns q in [0, width) of a phase whose column q is input step * q + start.
+// Fills columns q in [0, width) of a plane's row, whose column q is column step * q + start of the input, or zero.
 void fill_row(float* dst, const float* src, int64_t width, int64_t step, int64_t start, int64_t limit) {
   int64_t q = start < 0 ? (-start + step - 1) / step : 0;
   int64_t stop = start >= limit ? 0 : std::min(width, (limit - start + step - 1) / step);
   q = std::min(q, width);
   stop = std::max(stop, q);
   for (int64_t i = 0; i < q; ++i) dst[i] = 0;
+  const float* from = src + start;
   if (step == 1) {
-    std::memcpy(dst + q, src + start + q, sizeof(float) * (stop - q));
+    int64_t i = q;
+    for (; i + VL <= stop; i += VL) Vec::loadu(from + i).store(dst + i);
+    if (i < stop) Vec::loadu(from + i, int(stop - i)).store(dst + i, int(stop - i));
   } else if (step == 2) {
-    const float* from = src + start;
-    for (int64_t i = q; i < stop; ++i) dst[i] = from[2 * i];
+    for (int64_t i = q; i < stop; i += VL) {
+      int64_t there = limit - start - 2 * i;  // floats to the end of the input's row
+      Vec low = Vec::loadu(from + 2 * i, int(std::min<int64_t>(there, VL)));
+      Vec high = there > VL ? Vec::loadu(from + 2 * i + VL, int(std::min<int64_t>(there - VL, VL))) : Vec(0.f);
+      at::vec::deinterleave2(low, high).first.store(dst + i, int(std::min<int64_t>(stop - i, VL)));
+    }
   } else {
-    for (int64_t i = q; i < stop; ++i) dst[i] = src[step * i + start];
+    for (int64_t i = q; i < stop; ++i) dst[i] = from[step * i];
   }
   for (int64_t i = stop; i < width; ++i) dst[i] = 0;
 }
 
+// The zero-padded planes of one channel, from grid row `row0` on.
+void fill_planes(const Step& s, const char* data, const float* image, int64_t row0, float* planes) {
+  const int64_t* phases = reinterpret_cast<const int64_t*>(data + s.phases);
+  for (int64_t f = 0; f < s.phase_count; ++f) {
+    float* dst = planes + f * s.phase_stride;
+    for (int64_t r = 0; r < s.phase_rows; ++r, dst += s.plane_pitch) {
+      int64_t iy = s.stride_y * (row0 + r) + phases[2 * f] - s.pad_y;
+      if (iy < 0 || iy >= s.in_height) {
+        std::memset(dst, 0, sizeof(float) * s.plane_pitch);
+      } else {
+        fill_row(dst, image + iy * s.in_width, s.plane_pitch, s.stride_x, phases[2 * f + 1] - s.pad_x, s.in_width);
+      }
+    }
+  }
+}
+
+// One row of columns per tap, taken from the planes a row of the output at a time. A vector that reaches beyond its row
+// is overwritten by the next one, or lies behind the tile.
+void gather(const Step& s, const char* data, const float* planes, Tile t, float* dst) {
+  const int64_t* taps = reinterpret_cast<const int64_t*>(data + s.taps);
+  const int64_t width = s.vectors * VL;
+  const int64_t oy0 = t.column0 / s.out_width, ox0 = t.column0 % s.out_width;
+  for (int64_t k = 0; k < s.tap_count; ++k, dst += width) {
+    const float* src = planes + taps[k] + ox0;
+    int64_t here = std::min(s.out_width - ox0, t.columns);
+    const float* row = planes + taps[k];
+    for (int64_t done = 0; done < t.columns;) {
+      for (int64_t i = 0; i < here; i += VL) Vec::loadu(src + i).store(dst + done + i);
+      done += here;
+      row += s.plane_pitch;
+      src = row;
+      here = std::min(s.out_width, t.columns - done);
+    }
+  }
+}
+
 // Packs the channels of a block for a tile, and returns where the tile starts in it.
-const char* pack(const Step& s, const Block& b, const char* data, const Place& x, float* packed, Tile t) {
-  if (s.is_plain) {
-    for (int64_t c = b.channel0; x.column_stride == 1 && c < b.channel1; ++c) {
+const char* pack(const Step& s, const Block& b, const char* data, const Place& x, float* packed, float* planes, Tile t) {
+  if (s.mode == PLAIN && x.column_stride != 1) {
+    turn(x.data + t.column0 * x.column_stride + b.channel0, x.column_stride, packed, s.channel_stride, t.columns,
+         b.channel1 - b.channel0);
+    return reinterpret_cast<const char*>(packed);
+  }
+  if (s.mode == PLAIN) {
+    for (int64_t c = b.channel0; c < b.channel1; ++c) {
       const float* src = x.data + c * x.row_stride + t.column0;
       float* dst = packed + (c - b.channel0) * s.channel_stride;
       int64_t i = 0;
       for (; i + VL <= t.columns; i += VL) Vec::loadu(src + i).store(dst + i);
       if (i < t.columns) Vec::loadu(src + i, int(t.columns - i)).store(dst + i);
     }
-    if (x.column_stride != 1) {
-      turn(x.data + t.column0 * x.column_stride + b.channel0, x.column_stride, packed, s.channel_stride, t.columns,
-           b.channel1 - b.channel0);
-    }
     return reinterpret_cast<const char*>(packed);
   }
-  const int64_t* phases = reinterpret_cast<const int64_t*>(data + s.phases);
-  int64_t row0 = t.column0 / s.pitch;
+  const int64_t row0 = t.column0 / s.pitch;
   for (int64_t c = b.channel0; c < b.channel1; ++c) {
-    const float* plane = x.data + c * x.row_stride;
-    for (int64_t f = 0; f < s.phase_count; ++f) {
-      float* dst = packed + (c - b.channel0) * s.channel_stride + f * s.phase_stride;
-      for (int64_t r = 0; r < s.phase_rows; ++r, dst += s.pitch) {
-        int64_t iy = s.stride_y * (row0 + r) + phases[2 * f] - s.pad_y;
-        if (iy < 0 || iy >= s.in_height) {
-          std::memset(dst, 0, sizeof(float) * s.pitch);
-        } else {
-          fill_row(dst, plane + iy * s.in_width, s.pitch, s.stride_x, phases[2 * f + 1] - s.pad_x, s.in_width);
-        }
-      }
-    }
+    float* dst = packed + (c - b.channel0) * s.channel_stride;
+    fill_planes(s, data, x.data + c * x.row_stride, row0, s.mode == GRID ? dst : planes);
+    if (s.mode == GATHERED) gather(s, data, planes, t, dst);
   }
-  return reinterpret_cast<const char*>(packed + t.column0 - row0 * s.pitch);
+  return reinterpret_cast<const char*>(s.mode == GRID ? packed + t.column0 - row0 * s.pitch : packed);
 }
 
-int64_t tile_bytes(const Step& s) {
-  int64_t packed = s.block_channels * s.channel_stride + MAX_NV * VL + s.pitch;
-  return sizeof(float) * ((packed + 63) / 64 * 64 + s.rows * MAX_NV * VL);
-}
+struct TileMemory {  // what a thread needs for a tile of a step, in floats, one behind the other
+  int64_t planes, partial, all;
+  explicit TileMemory(const Step& s) {
+    auto aligned = [](int64_t floats) { return (floats + 63) / 64 * 64; };
+    const int64_t beyond = MAX_NV * VL + s.plane_pitch;  // what vectors reach beyond their tile
+    planes = aligned(s.block_channels * s.channel_stride + beyond);
+    partial = planes + aligned(s.phase_count * s.phase_stride + beyond);
+    all = partial + s.rows * s.vectors * VL;
+  }
+};
 
 void run_tile(const Step& s, const char* data, const Place& x, const Place& y, const Place& residual, Tile t) {
-  float* packed = reinterpret_cast<float*>(tile_memory.get(tile_bytes(s)));
-  int64_t size = s.block_channels * s.channel_stride + MAX_NV * VL + s.pitch;
-  float* partial = packed + (size + 63) / 64 * 64;
+  const TileMemory parts(s);
+  float* packed = reinterpret_cast<float*>(tile_memory.get(parts.all * sizeof(float)));
+  float *planes = packed + parts.planes, *partial = packed + parts.partial;
   const Block* blocks = reinterpret_cast<const Block*>(data + s.blocks);
   int nv = int((t.columns + VL - 1) / VL);
   for (int64_t i = 0; i < s.block_count; ++i) {
     const Block& b = blocks[i];
     if (b.row1 <= t.row0 || b.row0 >= t.row1) continue;
-    const char* start = s.is_direct ? reinterpret_cast<const char*>(x.data + t.column0) : pack(s, b, data, x, packed, t);
+    const char* start = s.mode == DIRECT
+        ? reinterpret_cast<const char*>(x.data + b.channel0 * x.row_stride + t.column0)
+        : pack(s, b, data, x, packed, planes, t);
     COMPUTE[nv](s, b, data, start, partial, t, y, residual);
   }
   if (y.column_stride != 1) {
-    turn(partial, MAX_NV * VL, y.data + t.column0 * y.column_stride + t.row0, y.column_stride, t.row1 - t.row0,
+    turn(partial, s.vectors * VL, y.data + t.column0 * y.column_stride + t.row0, y.column_stride, t.row1 - t.row0,
          t.columns);
   }
 }
@@ -336,7 +393,8 @@ void run_step(const Step& s, const char* data, const Place& x, const Place& y, c
       return k == row_parts ? s.rows : std::lower_bound(cost, cost + s.rows, wanted) - cost;
     };
     Tile t{tile * width, std::min(width, columns - tile * width), cut(piece), cut(piece + 1)};
-    if (t.row0 < t.row1) run_tile(s, data, x, y, residual, t);
+    if (t.row0 == t.row1) continue;
+    run_tile(s, data, x.in_tile(tile, width), y.in_tile(tile, width), residual.in_tile(tile, width), t);
   }
 }
 
@@ -362,13 +420,13 @@ extern "C" void run_sparse_program(const char* data, const float* const* inputs,
   Barrier barrier;
 
   auto place = [&](int64_t number, int64_t unit, char* arena) -> Place {
-    if (number < 0) return {nullptr, 0, 0};
+    if (number < 0) return {nullptr, 0, 0, 0};
     const Buffer& b = buffers[number];
     float* base = b.kind == 0 ? reinterpret_cast<float*>(arena + b.index)
         : b.kind == 1         ? const_cast<float*>(inputs[b.index])
                               : outputs[b.index];
     if (b.kind != 0) base += unit * per_unit * b.unit_stride;
-    return {base, b.row_stride, b.column_stride};
+    return {base, b.row_stride, b.column_stride, b.tile_floats};
   };
   auto run_unit = [&](int64_t unit, char* arena, int64_t member, int64_t team) {
     int64_t tokens = std::min(per_unit, batch - unit * per_unit);
