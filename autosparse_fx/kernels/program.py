@@ -187,7 +187,6 @@ class _StepWriter:
             *window.in_size,
             *window.out_size,
             *window.stride,
-            *window.padding,
             self.pitch,
             self.columns,
             self.vectors,
@@ -196,7 +195,7 @@ class _StepWriter:
             planes.pitch,
             planes.rows,
             planes.stride,
-            blob.add(np.array(planes.phases, np.int64)),
+            blob.add(np.array([self._phase(*phase) for phase in planes.phases], np.int64)),
             len(planes.phases),
             blob.add(np.array(self.taps, np.int64)),
             len(self.taps),
@@ -206,6 +205,13 @@ class _StepWriter:
             blob.add(cost),
             self.block_channels,
         ]
+
+    def _phase(self, y: int, x: int) -> tuple[int, int, int, int]:
+        window, width = self.window, self.planes.pitch
+        start, step = x - window.padding[1], window.stride[1]
+        first = min(width, max(0, -(start // step)))
+        stop = min(width, max(first, -((start - window.in_size[1]) // step)))
+        return y - window.padding[0], start, first, stop
 
     def _blocks(self, blob: _Blob) -> list[list[int]]:
         blocks = []

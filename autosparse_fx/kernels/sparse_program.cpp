@@ -49,6 +49,11 @@ struct Buffer {
   int64_t tile_floats;  // of a buffer that holds tile after tile, of the steps that write and read it; 0 for others
 };
 
+struct Phase {  // of a stride: row r of its plane is row stride_y * r + y of the input, column q is stride_x * q + start
+  int64_t y, start;
+  int64_t first, stop;  // columns that are not padding
+};
+
 enum Mode : int64_t {
   PLAIN,  // 1x1, stride 1: columns are taken as they are
   DIRECT,  // the same, read where it lies: the source is in tiles
@@ -64,7 +69,7 @@ struct Step {
   double low, high;  // of CLAMP
   int64_t rows;
   int64_t in_height, in_width, out_height, out_width;
-  int64_t stride_y, stride_x, pad_y, pad_x;
+  int64_t stride_y, stride_x;
   int64_t pitch;  // of the grid; out_width where columns and grid are the same
   int64_t columns;  // of the grid
   int64_t vectors;  // width of a tile
@@ -73,7 +78,7 @@ struct Step {
   int64_t plane_pitch;  // floats of a row of a zero-padded plane
   int64_t phase_rows;  // grid rows that are packed per tile
   int64_t phase_stride;  // floats of one phase
-  int64_t phases;  // byte position in data: pairs (py, px), int64
+  int64_t phases;  // byte position in data
   int64_t phase_count;
   int64_t taps;  // byte position in data: where each tap starts in the planes, int64
   int64_t tap_count;
@@ -259,69 +264,75 @@ void turn(const float* src, int64_t src_stride, float* dst, int64_t dst_stride, 
   }
 }
 
-// Fills columns q in [0, width) of a plane's row, whose column q is column step * q + start of the input, or zero.
-void fill_row(float* dst, const float* src, int64_t width, int64_t step, int64_t start, int64_t limit) {
-  int64_t q = start < 0 ? (-start + step - 1) / step : 0;
-  int64_t stop = start >= limit ? 0 : std::min(width, (limit - start + step - 1) / step);
-  q = std::min(q, width);
-  stop = std::max(stop, q);
-  for (int64_t i = 0; i < q; ++i) dst[i] = 0;
-  const float* from = src + start;
+// Fills a row of a plane from a row of the input, with zeros around. Whole vectors are stored: what reaches beyond the
+// row is overwritten by the next one, or lies behind the planes.
+void fill_row(float* dst, const float* src, int64_t width, int64_t step, const Phase& f, int64_t limit) {
+  for (int64_t i = 0; i < f.first; i += VL) Vec(0.f).store(dst + i);
+  const float* from = src + f.start;
   if (step == 1) {
-    int64_t i = q;
-    for (; i + VL <= stop; i += VL) Vec::loadu(from + i).store(dst + i);
-    if (i < stop) Vec::loadu(from + i, int(stop - i)).store(dst + i, int(stop - i));
+    for (int64_t i = f.first; i < f.stop; i += VL) {
+      Vec::loadu(from + i, int(std::min<int64_t>(f.stop - i, VL))).store(dst + i);
+    }
   } else if (step == 2) {
-    for (int64_t i = q; i < stop; i += VL) {
-      int64_t there = limit - start - 2 * i;  // floats to the end of the input's row
+    for (int64_t i = f.first; i < f.stop; i += VL) {
+      int64_t there = limit - f.start - 2 * i;  // floats to the end of the input's row
       Vec low = Vec::loadu(from + 2 * i, int(std::min<int64_t>(there, VL)));
       Vec high = there > VL ? Vec::loadu(from + 2 * i + VL, int(std::min<int64_t>(there - VL, VL))) : Vec(0.f);
-      at::vec::deinterleave2(low, high).first.store(dst + i, int(std::min<int64_t>(stop - i, VL)));
+      at::vec::deinterleave2(low, high).first.store(dst + i);
     }
   } else {
-    for (int64_t i = q; i < stop; ++i) dst[i] = from[step * i];
+    for (int64_t i = f.first; i < f.stop; ++i) dst[i] = from[step * i];
   }
-  for (int64_t i = stop; i < width; ++i) dst[i] = 0;
+  for (int64_t i = f.stop; i < width; i += VL) Vec(0.f).store(dst + i);
 }
 
 // The zero-padded planes of one channel, from grid row `row0` on.
 void fill_planes(const Step& s, const char* data, const float* image, int64_t row0, float* planes) {
-  const int64_t* phases = reinterpret_cast<const int64_t*>(data + s.phases);
+  const Phase* phases = reinterpret_cast<const Phase*>(data + s.phases);
   for (int64_t f = 0; f < s.phase_count; ++f) {
     float* dst = planes + f * s.phase_stride;
     for (int64_t r = 0; r < s.phase_rows; ++r, dst += s.plane_pitch) {
-      int64_t iy = s.stride_y * (row0 + r) + phases[2 * f] - s.pad_y;
-      if (iy < 0 || iy >= s.in_height) {
-        std::memset(dst, 0, sizeof(float) * s.plane_pitch);
+      int64_t iy = s.stride_y * (row0 + r) + phases[f].y;
+      if (iy >= 0 && iy < s.in_height) {
+        fill_row(dst, image + iy * s.in_width, s.plane_pitch, s.stride_x, phases[f], s.in_width);
       } else {
-        fill_row(dst, image + iy * s.in_width, s.plane_pitch, s.stride_x, phases[2 * f + 1] - s.pad_x, s.in_width);
+        for (int64_t i = 0; i < s.plane_pitch; i += VL) Vec(0.f).store(dst + i);
       }
     }
   }
 }
 
-// One row of columns per tap, taken from the planes a row of the output at a time. A vector that reaches beyond its row
-// is overwritten by the next one, or lies behind the tile.
-void gather(const Step& s, const char* data, const float* planes, Tile t, float* dst) {
-  const int64_t* taps = reinterpret_cast<const int64_t*>(data + s.taps);
-  const int64_t width = s.vectors * VL;
-  const int64_t oy0 = t.column0 / s.out_width, ox0 = t.column0 % s.out_width;
-  for (int64_t k = 0; k < s.tap_count; ++k, dst += width) {
-    const float* src = planes + taps[k] + ox0;
-    int64_t here = std::min(s.out_width - ox0, t.columns);
-    const float* row = planes + taps[k];
-    for (int64_t done = 0; done < t.columns;) {
-      for (int64_t i = 0; i < here; i += VL) Vec::loadu(src + i).store(dst + done + i);
+// The vectors that make a row of columns of a tile, the same for every tap: a row of the output at a time. A vector that
+// reaches beyond its row is overwritten by the next one, or lies behind the tile.
+struct Copies {
+  int32_t from[2 * MAX_NV * VL], to[2 * MAX_NV * VL];
+  int count = 0;
+  Copies(const Step& s, Tile t) {
+    if (s.mode != GATHERED) return;
+    int64_t x = t.column0 % s.out_width;
+    for (int64_t done = 0, row = 0; done < t.columns; x = 0, row += s.plane_pitch) {
+      int64_t here = std::min(s.out_width - x, t.columns - done);
+      for (int64_t i = 0; i < here; i += VL, ++count) {
+        from[count] = int32_t(row + x + i);
+        to[count] = int32_t(done + i);
+      }
       done += here;
-      row += s.plane_pitch;
-      src = row;
-      here = std::min(s.out_width, t.columns - done);
     }
+  }
+};
+
+// One row of columns per tap, taken from the planes.
+void gather(const Step& s, const char* data, const float* planes, const Copies& copies, float* dst) {
+  const int64_t* taps = reinterpret_cast<const int64_t*>(data + s.taps);
+  for (int64_t k = 0; k < s.tap_count; ++k, dst += s.vectors * VL) {
+    const float* src = planes + taps[k];
+    for (int i = 0; i < copies.count; ++i) Vec::loadu(src + copies.from[i]).store(dst + copies.to[i]);
   }
 }
 
 // Packs the channels of a block for a tile, and returns where the tile starts in it.
-const char* pack(const Step& s, const Block& b, const char* data, const Place& x, float* packed, float* planes, Tile t) {
+const char* pack(const Step& s, const Block& b, const char* data, const Place& x, float* packed, float* planes, Tile t,
+                 const Copies& copies) {
   if (s.mode == PLAIN && x.column_stride != 1) {
     turn(x.data + t.column0 * x.column_stride + b.channel0, x.column_stride, packed, s.channel_stride, t.columns,
          b.channel1 - b.channel0);
@@ -338,12 +349,21 @@ const char* pack(const Step& s, const Block& b, const char* data, const Place& x
     return reinterpret_cast<const char*>(packed);
   }
   const int64_t row0 = t.column0 / s.pitch;
-  for (int64_t c = b.channel0; c < b.channel1; ++c) {
-    float* dst = packed + (c - b.channel0) * s.channel_stride;
-    fill_planes(s, data, x.data + c * x.row_stride, row0, s.mode == GRID ? dst : planes);
-    if (s.mode == GATHERED) gather(s, data, planes, t, dst);
+  if (s.mode == GRID) {
+    for (int64_t c = b.channel0; c < b.channel1; ++c) {
+      fill_planes(s, data, x.data + c * x.row_stride, row0, packed + (c - b.channel0) * s.channel_stride);
+    }
+    return reinterpret_cast<const char*>(packed + t.column0 - row0 * s.pitch);
   }
-  return reinterpret_cast<const char*>(s.mode == GRID ? packed + t.column0 - row0 * s.pitch : packed);
+  // All planes first: a vector that is read back before what it consists of has left the store buffer has to wait.
+  const int64_t plane_floats = s.phase_count * s.phase_stride;
+  for (int64_t c = b.channel0; c < b.channel1; ++c) {
+    fill_planes(s, data, x.data + c * x.row_stride, row0, planes + (c - b.channel0) * plane_floats);
+  }
+  for (int64_t c = b.channel0; c < b.channel1; ++c) {
+    gather(s, data, planes + (c - b.channel0) * plane_floats, copies, packed + (c - b.channel0) * s.channel_stride);
+  }
+  return reinterpret_cast<const char*>(packed);
 }
 
 struct TileMemory {  // what a thread needs for a tile of a step, in floats, one behind the other
@@ -352,7 +372,7 @@ struct TileMemory {  // what a thread needs for a tile of a step, in floats, one
     auto aligned = [](int64_t floats) { return (floats + 63) / 64 * 64; };
     const int64_t beyond = MAX_NV * VL + s.plane_pitch;  // what vectors reach beyond their tile
     planes = aligned(s.block_channels * s.channel_stride + beyond);
-    partial = planes + aligned(s.phase_count * s.phase_stride + beyond);
+    partial = planes + aligned(s.block_channels * s.phase_count * s.phase_stride + beyond);
     all = partial + s.rows * s.vectors * VL;
   }
 };
@@ -362,13 +382,14 @@ void run_tile(const Step& s, const char* data, const Place& x, const Place& y, c
   float* packed = reinterpret_cast<float*>(tile_memory.get(parts.all * sizeof(float)));
   float *planes = packed + parts.planes, *partial = packed + parts.partial;
   const Block* blocks = reinterpret_cast<const Block*>(data + s.blocks);
+  const Copies copies(s, t);
   int nv = int((t.columns + VL - 1) / VL);
   for (int64_t i = 0; i < s.block_count; ++i) {
     const Block& b = blocks[i];
     if (b.row1 <= t.row0 || b.row0 >= t.row1) continue;
     const char* start = s.mode == DIRECT
         ? reinterpret_cast<const char*>(x.data + b.channel0 * x.row_stride + t.column0)
-        : pack(s, b, data, x, packed, planes, t);
+        : pack(s, b, data, x, packed, planes, t, copies);
     COMPUTE[nv](s, b, data, start, partial, t, y, residual);
   }
   if (y.column_stride != 1) {
