@@ -108,12 +108,12 @@ def _fuse(gm: GraphModule, members: set[Node], *, is_tokens: bool) -> None:
     writer = _ProgramWriter(nodes, is_tokens=is_tokens)
     kernels = library()
     machine = Machine(kernels.vector_length, kernels.most_vectors)
-    data = assemble(writer.steps, writer.buffers, machine, is_tokens=is_tokens)
+    laid_out = assemble(writer.steps, writer.buffers, machine, is_tokens=is_tokens)
     place = _place(gm, members, writer.inputs)
-    program = new_constant(gm, "sparse_program", data, place)
+    program = new_constant(gm, "sparse_program", laid_out.data, place)
     shapes = flatten_shapes([node.meta["val"].shape[1:] for node in writer.outputs])
     with gm.graph.inserting_before(place):
-        call = gm.graph.call_function(RUN_PROGRAM, (program, writer.inputs, shapes))
+        call = gm.graph.call_function(RUN_PROGRAM, (program, writer.inputs, laid_out.any_layout, shapes))
         call.meta["val"] = [node.meta["val"] for node in writer.outputs]
         for number, node in enumerate(writer.outputs):
             item = gm.graph.call_function(operator.getitem, (call, number))

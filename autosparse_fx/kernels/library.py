@@ -19,7 +19,8 @@ class KernelLibrary:
         self._functions = _compat.compile_cpp(SOURCE.read_text())
         self._run = self._functions.run_sparse_program
         self._run.restype = None
-        self._run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        self._run.argtypes = [pointer, pointer, pointer, pointer, number, number]
         # Floats in a vector register, and vector registers across the widest tile.
         self.vector_length = self._constant("vector_length")
         self.most_vectors = self._constant("most_vectors")
@@ -29,15 +30,21 @@ class KernelLibrary:
         function.restype = ctypes.c_int64
         return int(function())
 
-    def run(self, program: Tensor, inputs: list[Tensor], outputs: list[Tensor], batch: int) -> None:
-        """Run an assembled program (see ``program.py``) on contiguous float32 tensors."""
-        pointers = ctypes.c_void_p * max(len(inputs), 1)
-        results = ctypes.c_void_p * len(outputs)
+    def run(self, program: Tensor, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        """Run an assembled program (see ``program.py``).
+
+        Args:
+            program: uint8.
+            inputs: float32 ``[batch, ...]``, contiguous, or in the channels-last format where the program allows it.
+            outputs: float32 ``[batch, ...]``, contiguous; written to.
+        """
+        pointers, results = ctypes.c_void_p * len(inputs), ctypes.c_void_p * len(outputs)
         self._run(
             program.data_ptr(),
             pointers(*(x.data_ptr() for x in inputs)),
+            (ctypes.c_bool * len(inputs))(*(not x.is_contiguous() for x in inputs)),
             results(*(y.data_ptr() for y in outputs)),
-            batch,
+            inputs[0].shape[0],
             torch.get_num_threads(),
         )
 

@@ -23,8 +23,8 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
-    "run_program(Tensor program, Tensor[] inputs, int[] shapes) -> Tensor[]",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+    "run_program(Tensor program, Tensor[] inputs, int[] any_layout, int[] shapes) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
 )
 
 
@@ -87,10 +87,16 @@ def _empty_outputs(inputs: Sequence[Tensor], shapes: Sequence[int]) -> list[Tens
     return [inputs[0].new_empty([batch, *shape]) for shape in _shapes(shapes)]
 
 
-def _run_program(program: Tensor, inputs: list[Tensor], shapes: list[int]) -> list[Tensor]:
+def _run_program(program: Tensor, inputs: list[Tensor], any_layout: list[int], shapes: list[int]) -> list[Tensor]:
     outputs = _empty_outputs(inputs, shapes)
-    library().run(program, [x.contiguous() for x in inputs], outputs, inputs[0].shape[0])
+    library().run(program, [_readable(x, number in any_layout) for number, x in enumerate(inputs)], outputs)
     return outputs
+
+
+def _readable(x: Tensor, in_any_layout: bool) -> Tensor:
+    if in_any_layout and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    return x.contiguous()
 
 
 _library.impl("sparse_conv", _sparse_conv, "CompositeExplicitAutograd")
@@ -99,5 +105,5 @@ _library.impl("run_program", _run_program, "CPU")
 torch.library.register_fake("autosparse::sparse_conv", _sparse_conv, lib=_library)
 torch.library.register_fake("autosparse::sparse_linear", _sparse_linear, lib=_library)
 torch.library.register_fake(
-    "autosparse::run_program", lambda program, inputs, shapes: _empty_outputs(inputs, shapes), lib=_library
+    "autosparse::run_program", lambda program, inputs, any_layout, shapes: _empty_outputs(inputs, shapes), lib=_library
 )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 # For the packed channels of a tile. Taps of a grid are not aligned, which costs more from the second-level cache.
 CACHE_BYTES = {"plain": 64 * 1024, "direct": 64 * 1024, "gathered": 64 * 1024, "grid": 32 * 1024}
-GATHER_ROWS = 64  # of a weight, from which packing a row per tap pays
+GATHER_ROWS = 96  # of a weight, from which packing a row per tap pays
 MODES = ("plain", "direct", "grid", "gathered")
 ACTIVATIONS = ("none", "relu", "clamp", "gelu", "gelu_tanh", "silu", "hardswish", "sigmoid")
 BUFFER_KINDS = ("arena", "input", "output")
@@ -172,7 +172,7 @@ class _StepWriter:
             return "plain"
         return "gathered" if self.rows // self.step.groups >= GATHER_ROWS else "grid"
 
-    def write(self, blob: _Blob) -> list[int | float]:
+    def write(self, blob: _Blob, chain: int) -> list[int | float]:
         """Append the step's data, and return the fields of the C++ struct."""
         step, window, planes = self.step, self.window, self.planes
         blocks = self._blocks(blob)
@@ -204,6 +204,7 @@ class _StepWriter:
             len(blocks),
             blob.add(cost),
             self.block_channels,
+            chain,
         ]
 
     def _phase(self, y: int, x: int) -> tuple[int, int, int, int]:
@@ -244,7 +245,22 @@ def _entries_per_row(weight: Tensor) -> np.ndarray:
     return counts
 
 
-def assemble(steps: Sequence[Step], buffers: Sequence[Buffer], machine: Machine, *, is_tokens: bool = False) -> Tensor:
+@dataclass(frozen=True)
+class Program:
+    """Steps laid out for a machine.
+
+    Attributes:
+        data: uint8 ``[bytes]``, all that a run needs besides its inputs and outputs.
+        any_layout: the numbers of the inputs that may be in the channels-last format.
+    """
+
+    data: Tensor
+    any_layout: list[int]
+
+
+def assemble(
+    steps: Sequence[Step], buffers: Sequence[Buffer], machine: Machine, *, is_tokens: bool = False
+) -> Program:
     """Lay out a program for ``machine``.
 
     Args:
@@ -252,9 +268,6 @@ def assemble(steps: Sequence[Step], buffers: Sequence[Buffer], machine: Machine,
         buffers: what the numbers in the steps mean.
         machine: what the C++ was compiled for.
         is_tokens: inputs and outputs are ``[tokens, channels]``, worked on in chunks of tokens, and every step is 1x1.
-
-    Returns:
-        uint8 ``[bytes]``, all that a run needs besides inputs, outputs and their batch size.
     """
     blob = _Blob()
     header_size = 8 * 6
@@ -266,10 +279,11 @@ def assemble(steps: Sequence[Step], buffers: Sequence[Buffer], machine: Machine,
         if writer.step.source in tiled:
             writer.read_tiles()
     layouts = [_layout(buffer, tiled.get(number, 0), machine, is_tokens) for number, buffer in enumerate(buffers)]
-    positions, arena_bytes = _place(steps, buffers, [layout.floats for layout in layouts])
+    chains = _chains(writers)
+    positions, arena_bytes = _place(steps, chains, buffers, [layout.floats for layout in layouts])
     written = []
-    for writer in writers:
-        fields = writer.write(blob)
+    for writer, chain in zip(writers, chains, strict=True):
+        fields = writer.write(blob, chain)
         written.append(b"".join(np.array([f], np.float64 if isinstance(f, float) else np.int64).tobytes() for f in fields))
     rows = [
         [BUFFER_KINDS.index(b.kind), position, *astuple(layout)[:4]]
@@ -280,7 +294,12 @@ def assemble(steps: Sequence[Step], buffers: Sequence[Buffer], machine: Machine,
     header = np.array([steps_at, len(steps), buffers_at, arena_bytes, int(is_tokens), chunk], np.int64)
     data = bytearray(b"".join(blob.pieces))
     data[:header_size] = header.tobytes()
-    return torch.frombuffer(data, dtype=torch.uint8)
+    return Program(torch.frombuffer(data, dtype=torch.uint8), _read_in_any_layout(writers, buffers))
+
+
+def _read_in_any_layout(writers: Sequence[_StepWriter], buffers: Sequence[Buffer]) -> list[int]:
+    strict = {number for w in writers for number in (w.step.residual, w.step.source if w.mode != "plain" else w.step.residual)}
+    return [b.index for number, b in enumerate(buffers) if b.kind == "input" and number not in strict]
 
 
 def _tiled_buffers(writers: Sequence[_StepWriter], buffers: Sequence[Buffer]) -> dict[int, int]:
@@ -299,6 +318,16 @@ def _tiled_buffers(writers: Sequence[_StepWriter], buffers: Sequence[Buffer]) ->
         for number, widths in uses.items()
         if number >= 0 and buffers[number].kind == "arena" and len(widths) == 1 and next(iter(widths))[1]
     }
+
+
+def _chains(writers: Sequence[_StepWriter]) -> list[int]:
+    """For each step how many, itself included, can be worked on tile by tile: each reads in tiles the one before."""
+    chains = [1] * len(writers)
+    for number in range(len(writers) - 2, -1, -1):
+        after = writers[number + 1]
+        if after.mode == "direct" and after.step.source == writers[number].step.target:
+            chains[number] += chains[number + 1]
+    return chains
 
 
 @dataclass(frozen=True)
@@ -323,13 +352,18 @@ def _layout(buffer: Buffer, tile_width: int, machine: Machine, is_tokens: bool) 
     return _Layout(stride, 1, buffer.channels * stride, 0, buffer.channels * stride)
 
 
-def _place(steps: Sequence[Step], buffers: Sequence[Buffer], floats: Sequence[int]) -> tuple[list[int], int]:
+def _place(
+    steps: Sequence[Step], chains: Sequence[int], buffers: Sequence[Buffer], floats: Sequence[int]
+) -> tuple[list[int], int]:
     """Give every buffer of the arena a place that nothing else has while it lives; first fit."""
     lives: dict[int, list[int]] = {}
-    for time, step in enumerate(steps):
-        for number in (step.source, step.target, step.residual):
-            if number >= 0 and buffers[number].kind == "arena":
-                lives.setdefault(number, [time, time])[1] = time
+    time = 0
+    for number, step in enumerate(steps):
+        if number and chains[number - 1] == 1:
+            time += 1  # the steps of a chain take turns
+        for buffer in (step.source, step.target, step.residual):
+            if buffer >= 0 and buffers[buffer].kind == "arena":
+                lives.setdefault(buffer, [time, time])[1] = time
     positions = [b.index for b in buffers]
     placed: list[tuple[int, int, list[int]]] = []
     slack = 4096  # a tile's last vectors reach beyond the last row

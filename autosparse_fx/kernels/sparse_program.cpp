@@ -13,11 +13,13 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <thread>
+#include <utility>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -87,6 +89,7 @@ struct Step {
   int64_t block_count;
   int64_t row_cost;  // byte position in data: rows + 1 running sums of entries, int64
   int64_t block_channels;  // the most channels of any block
+  int64_t chain;  // this step and so many behind it, less one, are worked on tile by tile: each reads the one before
 };
 
 struct Header {
@@ -218,7 +221,7 @@ void compute(const Step& s, const Block& b, const char* data, const char* x, flo
     for (; e != stop; ++e) {
       const float* p = reinterpret_cast<const float*>(x + e->offset);
       const Vec v(e->value);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int j = 0; j < NV; ++j) acc[j] = at::vec::fmadd(v, Vec::loadu(p + j * VL), acc[j]);
     }
     if (!b.last) {
@@ -244,8 +247,11 @@ void compute(const Step& s, const Block& b, const char* data, const char* x, flo
 }
 
 using Compute = void (*)(const Step&, const Block&, const char*, const char*, float*, Tile, const Place&, const Place&);
-constexpr Compute COMPUTE[MAX_NV + 1] = {nullptr,    compute<1>, compute<2>, compute<3>, compute<4>,
-                                         compute<5>, compute<6>, compute<7>, compute<8>};
+template <int... NV>
+constexpr std::array<Compute, sizeof...(NV)> computes(std::integer_sequence<int, NV...>) {
+  return {compute<NV + 1>...};
+}
+constexpr auto COMPUTE = computes(std::make_integer_sequence<int, MAX_NV>());  // for 1, 2, ... vectors
 
 // dst[c][i] = src[i][c], for count channels and columns tokens; both sides are rows of floats.
 void turn(const float* src, int64_t src_stride, float* dst, int64_t dst_stride, int64_t src_rows, int64_t src_columns) {
@@ -390,7 +396,7 @@ void run_tile(const Step& s, const char* data, const Place& x, const Place& y, c
     const char* start = s.mode == DIRECT
         ? reinterpret_cast<const char*>(x.data + b.channel0 * x.row_stride + t.column0)
         : pack(s, b, data, x, packed, planes, t, copies);
-    COMPUTE[nv](s, b, data, start, partial, t, y, residual);
+    COMPUTE[nv - 1](s, b, data, start, partial, t, y, residual);
   }
   if (y.column_stride != 1) {
     turn(partial, s.vectors * VL, y.data + t.column0 * y.column_stride + t.row0, y.column_stride, t.row1 - t.row0,
@@ -398,25 +404,34 @@ void run_tile(const Step& s, const char* data, const Place& x, const Place& y, c
   }
 }
 
-// The part of a step that falls to one of `team` threads: tiles side by side, or rows where there are too few tiles.
-void run_step(const Step& s, const char* data, const Place& x, const Place& y, const Place& residual, int64_t columns,
-              int64_t member, int64_t team) {
-  int64_t width = s.vectors * VL;
-  int64_t tiles = (columns + width - 1) / width;
-  int64_t row_parts = 1;
-  while (row_parts < team && (tiles * row_parts) % team != 0 && tiles < 4 * team) ++row_parts;
-  int64_t parts = tiles * row_parts;
-  const int64_t* cost = reinterpret_cast<const int64_t*>(data + s.row_cost);
-  for (int64_t part = parts * member / team; part < parts * (member + 1) / team; ++part) {
-    int64_t tile = part / row_parts, piece = part % row_parts;
-    auto cut = [&](int64_t k) {
-      int64_t wanted = cost[s.rows] * k / row_parts;
-      return k == row_parts ? s.rows : std::lower_bound(cost, cost + s.rows, wanted) - cost;
-    };
-    Tile t{tile * width, std::min(width, columns - tile * width), cut(piece), cut(piece + 1)};
-    if (t.row0 == t.row1) continue;
-    run_tile(s, data, x.in_tile(tile, width), y.in_tile(tile, width), residual.in_tile(tile, width), t);
+// How the tiles of a step are shared by a team: side by side, and in rows where there are too few.
+struct Share {
+  int64_t width, tiles, row_parts, first, stop;
+  Share(const Step& s, int64_t columns, int64_t member, int64_t team) {
+    width = s.vectors * VL;
+    tiles = (columns + width - 1) / width;
+    row_parts = 1;
+    while (row_parts < team && (tiles * row_parts) % team != 0 && tiles < 4 * team) ++row_parts;
+    first = tiles * row_parts * member / team;
+    stop = tiles * row_parts * (member + 1) / team;
   }
+};
+
+struct Places {
+  Place source, target, residual;
+};
+
+// One part of a step: a tile, or some of its rows.
+void run_part(const Step& s, const char* data, const Places& at, int64_t columns, const Share& share, int64_t part) {
+  const int64_t* cost = reinterpret_cast<const int64_t*>(data + s.row_cost);
+  const int64_t tile = part / share.row_parts, piece = part % share.row_parts, width = share.width;
+  auto cut = [&](int64_t k) {
+    if (k == 0 || k == share.row_parts) return k == 0 ? int64_t(0) : s.rows;
+    return int64_t(std::lower_bound(cost, cost + s.rows, cost[s.rows] * k / share.row_parts) - cost);
+  };
+  Tile t{tile * width, std::min(width, columns - tile * width), cut(piece), cut(piece + 1)};
+  if (t.row0 == t.row1) return;
+  run_tile(s, data, at.source.in_tile(tile, width), at.target.in_tile(tile, width), at.residual.in_tile(tile, width), t);
 }
 
 }  // namespace
@@ -426,8 +441,9 @@ extern "C" int64_t vector_length() { return VL; }
 extern "C" int64_t most_vectors() { return MAX_NV; }
 
 // inputs, outputs: float32, [batch, channels, ...] images, or [batch, channels] tokens. batch: images or tokens.
-extern "C" void run_sparse_program(const char* data, const float* const* inputs, float* const* outputs, int64_t batch,
-                                   int64_t threads) {
+// is_channels_last: of each input, whether its channels are contiguous; only for those that are read in mode PLAIN.
+extern "C" void run_sparse_program(const char* data, const float* const* inputs, const bool* is_channels_last,
+                                   float* const* outputs, int64_t batch, int64_t threads) {
   const Header& h = *reinterpret_cast<const Header*>(data);
   const Step* steps = reinterpret_cast<const Step*>(data + h.steps);
   const Buffer* buffers = reinterpret_cast<const Buffer*>(data + h.buffers);
@@ -447,14 +463,22 @@ extern "C" void run_sparse_program(const char* data, const float* const* inputs,
         : b.kind == 1         ? const_cast<float*>(inputs[b.index])
                               : outputs[b.index];
     if (b.kind != 0) base += unit * per_unit * b.unit_stride;
+    if (b.kind == 1 && !h.is_tokens && is_channels_last[b.index]) return {base, 1, b.unit_stride / b.row_stride, 0};
     return {base, b.row_stride, b.column_stride, b.tile_floats};
   };
   auto run_unit = [&](int64_t unit, char* arena, int64_t member, int64_t team) {
     int64_t tokens = std::min(per_unit, batch - unit * per_unit);
-    for (int64_t i = 0; i < h.step_count; ++i) {
-      const Step& s = steps[i];
-      run_step(s, data, place(s.source, unit, arena), place(s.target, unit, arena), place(s.residual, unit, arena),
-               h.is_tokens ? tokens : s.columns, member, team);
+    auto places = [&](const Step& s) -> Places {
+      return {place(s.source, unit, arena), place(s.target, unit, arena), place(s.residual, unit, arena)};
+    };
+    for (const Step *s = steps, *chain; s < steps + h.step_count; s = chain) {
+      chain = s + s->chain;
+      const int64_t columns = h.is_tokens ? tokens : s->columns;
+      const Share share(*s, columns, member, team);
+      if (share.row_parts > 1) chain = s + 1;  // the next step needs rows of other members
+      for (int64_t part = share.first; part < share.stop; ++part) {
+        for (const Step* link = s; link < chain; ++link) run_part(*link, data, places(*link), columns, share, part);
+      }
       barrier.wait(team);
     }
   };
