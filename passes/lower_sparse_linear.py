@@ -56,9 +56,7 @@ def _operands(node: Node) -> tuple[Choice, Tensor | None, Tensor | None]:
     entries = int(weight.count_nonzero())
     tokens = node.meta["val"].shape[0]
     columns = min(tokens, COLUMNS) if isinstance(tokens, int) else COLUMNS
-    choice = choose(
-        entries=entries, rows=rows, depth=channels, channels=channels, columns=columns, is_plain=True
-    )
+    choice = choose(entries=entries, rows=rows, depth=channels, channels=channels, columns=columns, is_plain=True)
     return choice, weight, bias
 
 

@@ -258,9 +258,7 @@ class Program:
     any_layout: list[int]
 
 
-def assemble(
-    steps: Sequence[Step], buffers: Sequence[Buffer], machine: Machine, *, is_tokens: bool = False
-) -> Program:
+def assemble(steps: Sequence[Step], buffers: Sequence[Buffer], machine: Machine, *, is_tokens: bool = False) -> Program:
     """Lay out a program for ``machine``.
 
     Args:
@@ -278,15 +276,18 @@ def assemble(
     for writer in writers:
         if writer.step.source in tiled:
             writer.read_tiles()
-    layouts = [_layout(buffer, tiled.get(number, 0), machine, is_tokens) for number, buffer in enumerate(buffers)]
     chains = _chains(writers)
+    local = _local_buffers(steps, chains)
+    layouts = [_layout(b, tiled.get(n, 0), n in local, machine, is_tokens) for n, b in enumerate(buffers)]
     positions, arena_bytes = _place(steps, chains, buffers, [layout.floats for layout in layouts])
     written = []
     for writer, chain in zip(writers, chains, strict=True):
         fields = writer.write(blob, chain)
-        written.append(b"".join(np.array([f], np.float64 if isinstance(f, float) else np.int64).tobytes() for f in fields))
+        written.append(
+            b"".join(np.array([f], np.float64 if isinstance(f, float) else np.int64).tobytes() for f in fields)
+        )
     rows = [
-        [BUFFER_KINDS.index(b.kind), position, *astuple(layout)[:4]]
+        [BUFFER_KINDS.index(b.kind), position, *astuple(layout)[:5]]
         for b, position, layout in zip(buffers, positions, layouts, strict=True)
     ]
     steps_at = blob.add(np.frombuffer(b"".join(written), np.uint8))
@@ -298,7 +299,9 @@ def assemble(
 
 
 def _read_in_any_layout(writers: Sequence[_StepWriter], buffers: Sequence[Buffer]) -> list[int]:
-    strict = {number for w in writers for number in (w.step.residual, w.step.source if w.mode != "plain" else w.step.residual)}
+    strict = {
+        number for w in writers for number in (w.step.residual, w.step.source if w.mode != "plain" else w.step.residual)
+    }
     return [b.index for number, b in enumerate(buffers) if b.kind == "input" and number not in strict]
 
 
@@ -332,24 +335,41 @@ def _chains(writers: Sequence[_StepWriter]) -> list[int]:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Floats between channels, between columns, between images (or tokens), and between tiles; and all of an image."""
+    """Floats between channels, between columns, and between images (or tokens); what tiles are apart besides their
+    width, and where one thread works on the whole image; and all of an image.
+    """
 
     row_stride: int
     column_stride: int
     unit_stride: int
-    tile_floats: int
+    tile_step: int
+    alone_tile_step: int
     floats: int
 
 
-def _layout(buffer: Buffer, tile_width: int, machine: Machine, is_tokens: bool) -> _Layout:
+def _layout(buffer: Buffer, tile_width: int, is_local: bool, machine: Machine, is_tokens: bool) -> _Layout:
     if tile_width:
         tiles = 1 if is_tokens else -(-buffer.columns // tile_width)
-        return _Layout(tile_width, 1, 0, tile_width * buffer.channels, tiles * tile_width * buffer.channels)
+        step = tile_width * (buffer.channels - 1)
+        return _Layout(tile_width, 1, 0, step, -tile_width if is_local else step, tiles * (tile_width + step))
     if is_tokens:
         assert buffer.kind != "arena"
-        return _Layout(1, buffer.channels, buffer.channels, 0, 0)
+        return _Layout(1, buffer.channels, buffer.channels, 0, 0, 0)
     stride = buffer.columns if buffer.kind != "arena" else _round_up(buffer.columns, machine.vector_length)
-    return _Layout(stride, 1, buffer.channels * stride, 0, buffer.channels * stride)
+    return _Layout(stride, 1, buffer.channels * stride, 0, 0, buffer.channels * stride)
+
+
+def _local_buffers(steps: Sequence[Step], chains: Sequence[int]) -> set[int]:
+    """The buffers whose tiles only the next step of a chain reads."""
+    readers: dict[int, list[int]] = {}
+    for number, step in enumerate(steps):
+        for buffer in (step.source, step.residual):
+            readers.setdefault(buffer, []).append(number)
+    return {
+        step.target
+        for number, step in enumerate(steps)
+        if chains[number] > 1 and readers.get(step.target) == [number + 1]
+    }
 
 
 def _place(
@@ -376,4 +396,3 @@ def _place(
         positions[number] = at
         placed.append((at, at + size, life))
     return positions, max((stop for _, stop, _ in placed), default=0)
-

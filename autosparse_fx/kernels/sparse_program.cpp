@@ -48,7 +48,9 @@ struct Buffer {
   int64_t row_stride;  // floats from one channel to the next
   int64_t column_stride;  // floats from one column to the next: 1, or the channels where they are contiguous (tokens)
   int64_t unit_stride;  // floats from one image to the next, or from one token to the next
-  int64_t tile_floats;  // of a buffer that holds tile after tile, of the steps that write and read it; 0 for others
+  // Floats to go on with every tile besides its width; not 0 for a buffer that holds tile after tile of its steps. And
+  // the same where one thread works on the whole image: a tile that only its own chain reads may be overwritten then.
+  int64_t tile_step, alone_tile_step;
 };
 
 struct Phase {  // of a stride: row r of its plane is row stride_y * r + y of the input, column q is stride_x * q + start
@@ -167,12 +169,9 @@ struct Tile {
 
 struct Place {  // where a buffer lies for this unit
   float* data;
-  int64_t row_stride, column_stride, tile_floats;
+  int64_t row_stride, column_stride, tile_step;
 
-  Place in_tile(int64_t tile, int64_t width) const {
-    return tile_floats == 0 ? *this
-                            : Place{data + tile * (tile_floats - width), row_stride, column_stride, tile_floats};
-  }
+  Place in_tile(int64_t tile) const { return {data + tile * tile_step, row_stride, column_stride, tile_step}; }
 };
 
 // Writes one row of a tile whose columns lie on a wider grid than the output: a row of the output at a time.
@@ -431,7 +430,7 @@ void run_part(const Step& s, const char* data, const Places& at, int64_t columns
   };
   Tile t{tile * width, std::min(width, columns - tile * width), cut(piece), cut(piece + 1)};
   if (t.row0 == t.row1) return;
-  run_tile(s, data, at.source.in_tile(tile, width), at.target.in_tile(tile, width), at.residual.in_tile(tile, width), t);
+  run_tile(s, data, at.source.in_tile(tile), at.target.in_tile(tile), at.residual.in_tile(tile), t);
 }
 
 }  // namespace
@@ -456,7 +455,7 @@ extern "C" void run_sparse_program(const char* data, const float* const* inputs,
   char* shared = apart < units ? arena_memory.get(h.arena_bytes) : nullptr;
   Barrier barrier;
 
-  auto place = [&](int64_t number, int64_t unit, char* arena) -> Place {
+  auto place = [&](int64_t number, int64_t unit, char* arena, bool is_alone) -> Place {
     if (number < 0) return {nullptr, 0, 0, 0};
     const Buffer& b = buffers[number];
     float* base = b.kind == 0 ? reinterpret_cast<float*>(arena + b.index)
@@ -464,12 +463,13 @@ extern "C" void run_sparse_program(const char* data, const float* const* inputs,
                               : outputs[b.index];
     if (b.kind != 0) base += unit * per_unit * b.unit_stride;
     if (b.kind == 1 && !h.is_tokens && is_channels_last[b.index]) return {base, 1, b.unit_stride / b.row_stride, 0};
-    return {base, b.row_stride, b.column_stride, b.tile_floats};
+    return {base, b.row_stride, b.column_stride, is_alone ? b.alone_tile_step : b.tile_step};
   };
   auto run_unit = [&](int64_t unit, char* arena, int64_t member, int64_t team) {
     int64_t tokens = std::min(per_unit, batch - unit * per_unit);
     auto places = [&](const Step& s) -> Places {
-      return {place(s.source, unit, arena), place(s.target, unit, arena), place(s.residual, unit, arena)};
+      auto at = [&](int64_t number) { return place(number, unit, arena, team == 1); };
+      return {at(s.source), at(s.target), at(s.residual)};
     };
     for (const Step *s = steps, *chain; s < steps + h.step_count; s = chain) {
       chain = s + s->chain;
