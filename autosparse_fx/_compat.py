@@ -355,7 +355,7 @@ def is_module_state(node: Node) -> bool:
 
 
 def tensor_version(tensor: Tensor) -> int:
-    """The number of writes to a tensor that autograd knows of; 0 where it counts none (inference tensors). 2.11-2.15."""
+    """The number of writes to a tensor that autograd knows of; 0 where none are counted. 2.11-2.15."""
     return 0 if tensor.is_inference() else tensor._version
 
 

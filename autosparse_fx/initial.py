@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from autosparse_fx.config import AutoSparse
 from autosparse_fx.plan import MaskedWeight
 
-# "auto" starts at a cut of min(AUTO_CUT * sqrt(fan_in), AUTO_CUT_MAX) standard deviations of the layer's own weights, so
-# that the mask exists from the first step on and takes nothing that matters (mostly about 1 % of them). Common shifts
-# keep the proportions of the cuts, so where they start is where learning how to spread the zeros over the layers
-# starts, and Adam, whose steps are small, moves little from it. The square root makes one cut for all layers of a
-# network that is initialised as PyTorch does it, std = 1 / sqrt(3 fan_in): global magnitude pruning, in which layers
+# "auto" starts at a cut of min(AUTO_CUT * sqrt(fan_in), AUTO_CUT_MAX) standard deviations of the layer's own weights,
+# so that the mask exists from the first step on and takes nothing that matters (mostly about 1 % of them). Common
+# shifts keep the proportions of the cuts, so where they start is where learning how to spread the zeros over the
+# layers starts, and Adam, whose steps are small, moves little from it. The square root makes one cut for all layers of
+# a network that is initialised as PyTorch does it, std = 1 / sqrt(3 fan_in): global magnitude pruning, in which layers
 # with few inputs per output (a first convolution) stay nearly dense. One cut in standard deviations for all would make
 # all layers equally sparse instead.
 AUTO_CUT = 0.0016

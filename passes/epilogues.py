@@ -1,5 +1,7 @@
 """What may follow a layer and be computed with it: activations, as ATen spells them."""
 
+from typing import Any
+
 import torch
 from torch.fx import Node
 
@@ -16,12 +18,12 @@ _BY_NAME = {
 def activation_of(node: Node) -> tuple[str, list[float]] | None:
     """The name of an activation in the sparse operators, with its bounds, or None for another node."""
     if node.target in _BY_NAME:
-        return _BY_NAME[node.target], []  # type: ignore[index]
+        return _BY_NAME[node.target], []
     if node.target is aten.gelu.default:
         return "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu", []
     if node.target is aten.hardtanh.default:
-        low, high = [*node.args[1:], *(-1.0, 1.0)[len(node.args) - 1 :]]
-        return "clamp", [float(low), float(high)]  # type: ignore[arg-type]
+        bounds: list[Any] = [*node.args[1:], *(-1.0, 1.0)[len(node.args) - 1 :]]
+        return "clamp", [float(bound) for bound in bounds]
     return None
 
 

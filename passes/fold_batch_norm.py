@@ -1,4 +1,4 @@
-"""fold_batch_norm: a batch norm in evaluation, right behind a convolution with a constant weight, becomes part of it."""
+"""fold_batch_norm: a batch norm in evaluation, right behind a convolution of constants, becomes part of it."""
 
 import operator
 

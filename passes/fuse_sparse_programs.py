@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,24 +77,25 @@ class _ProgramWriter:
         return self.numbers[node]
 
     def _step(self, node: Node) -> Step:
+        arguments: tuple[Any, ...] = node.args
         if self.is_tokens:
-            source, weight, bias, activation, clamp = node.args
+            source, weight, bias, activation, clamp = arguments
             residual, groups, window = None, 1, Window((1, 1), (1, 1))
         else:
-            source, weight, bias, residual, stride, padding, dilation, groups, activation, clamp = node.args
-            in_size, out_size = source.meta["val"].shape[2:], node.meta["val"].shape[2:]  # type: ignore[union-attr]
-            window = Window(tuple(in_size), tuple(out_size), tuple(stride), tuple(padding), tuple(dilation))  # type: ignore[arg-type]
+            source, weight, bias, residual, stride, padding, dilation, groups, activation, clamp = arguments
+            in_size, out_size = source.meta["val"].shape[2:], node.meta["val"].shape[2:]
+            window = Window(tuple(in_size), tuple(out_size), tuple(stride), tuple(padding), tuple(dilation))
         values = _value(weight)
         return Step(
-            source=self._number(source),  # type: ignore[arg-type]
+            source=self._number(source),
             target=self._number(node),
             weight=values if values.dim() == 4 else values[:, :, None, None],
             bias=_value(bias),
             window=window,
-            groups=groups,  # type: ignore[arg-type]
-            residual=-1 if residual is None else self._number(residual),  # type: ignore[arg-type]
-            activation=activation,  # type: ignore[arg-type]
-            clamp=tuple(clamp) or (0.0, 0.0),  # type: ignore[arg-type]
+            groups=groups,
+            residual=-1 if residual is None else self._number(residual),
+            activation=activation,
+            clamp=tuple(clamp) or (0.0, 0.0),
         )
 
 

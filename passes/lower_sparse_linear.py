@@ -61,7 +61,9 @@ def _operands(node: Node) -> tuple[Choice, Tensor | None, Tensor | None]:
 
 
 def _lower(gm: GraphModule, node: Node, weight: Tensor, bias: Tensor | None) -> None:
-    end, regrouped, activation, clamp = node, None, "none", []
+    end: Node = node
+    regrouped: Node | None = None
+    activation, clamp = "none", list[float]()
     while (user := only_user(end)) is not None:
         if user.target in _VIEWS and user.meta["val"].shape[-1] == weight.shape[0]:
             regrouped = user

@@ -4,7 +4,7 @@
 PyTorch's dense operators. ``autosparse::run_program`` computes it (see ``program.py``).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,7 @@ def activate(x: Tensor, activation: str, clamp: Sequence[float]) -> Tensor:
         return x.clamp(*clamp)
     if activation == "gelu_tanh":
         return F.gelu(x, approximate="tanh")
-    functions = {
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
         "none": lambda x: x.clone(),
         "relu": F.relu,
         "gelu": F.gelu,

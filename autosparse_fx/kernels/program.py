@@ -282,10 +282,7 @@ def assemble(steps: Sequence[Step], buffers: Sequence[Buffer], machine: Machine,
     positions, arena_bytes = _place(steps, chains, buffers, [layout.floats for layout in layouts])
     written = []
     for writer, chain in zip(writers, chains, strict=True):
-        fields = writer.write(blob, chain)
-        written.append(
-            b"".join(np.array([f], np.float64 if isinstance(f, float) else np.int64).tobytes() for f in fields)
-        )
+        written.append(b"".join(map(_eight_bytes, writer.write(blob, chain))))
     rows = [
         [BUFFER_KINDS.index(b.kind), position, *astuple(layout)[:5]]
         for b, position, layout in zip(buffers, positions, layouts, strict=True)
@@ -298,10 +295,12 @@ def assemble(steps: Sequence[Step], buffers: Sequence[Buffer], machine: Machine,
     return Program(torch.frombuffer(data, dtype=torch.uint8), _read_in_any_layout(writers, buffers))
 
 
+def _eight_bytes(number: int | float) -> bytes:
+    return np.array([number], np.float64 if isinstance(number, float) else np.int64).tobytes()
+
+
 def _read_in_any_layout(writers: Sequence[_StepWriter], buffers: Sequence[Buffer]) -> list[int]:
-    strict = {
-        number for w in writers for number in (w.step.residual, w.step.source if w.mode != "plain" else w.step.residual)
-    }
+    strict = {w.step.source for w in writers if w.mode != "plain"} | {w.step.residual for w in writers}
     return [b.index for number, b in enumerate(buffers) if b.kind == "input" and number not in strict]
 
 
