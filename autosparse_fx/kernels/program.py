@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 # For the packed channels of a tile. Taps of a grid are not aligned, which costs more from the second-level cache.
-CACHE_BYTES = {"plain": 64 * 1024, "direct": 64 * 1024, "gathered": 64 * 1024, "grid": 32 * 1024}
+CACHE_BYTES = {"plain": 64 * 1024, "direct": 64 * 1024, "gathered": 64 * 1024, "grid": 32 * 1024, "planes": 2**31}
 GATHER_ROWS = 96  # of a weight, from which packing a row per tap pays
-MODES = ("plain", "direct", "grid", "gathered")
+MODES = ("plain", "direct", "grid", "gathered", "planes")
 ACTIVATIONS = ("none", "relu", "clamp", "gelu", "gelu_tanh", "silu", "hardswish", "sigmoid")
 BUFFER_KINDS = ("arena", "input", "output")
 _ALIGNMENT = 64
@@ -144,15 +144,15 @@ class _StepWriter:
         self.mode = step.mode or self._default_mode()
         height, out_width = self.window.out_size
         pitch = _Planes.of(self.window, self.kernel, 1).pitch
-        self.pitch = pitch if self.mode == "grid" else out_width
+        self.pitch = pitch if self.mode in ("grid", "planes") else out_width
         self.columns = (height - 1) * self.pitch + out_width
         self.vectors = step.vectors or _tile_vectors(tokens or self.columns, machine)
         width = self.width = self.vectors * machine.vector_length
-        touched = -(-(width + self.pitch - 1) // self.pitch)
+        touched = height if self.mode == "planes" else -(-(width + self.pitch - 1) // self.pitch)
         self.planes = _Planes.of(self.window, self.kernel, min(touched, height))
         taps = [self.planes.tap(y, x, self.window) for y in range(self.kernel[0]) for x in range(self.kernel[1])]
         self.taps = taps
-        if self.mode == "grid":
+        if self.mode in ("grid", "planes"):
             floats = len(self.planes.phases) * self.planes.stride + self.planes.reach[1]
             self.channel_stride = _round_up(floats, machine.vector_length)
         else:
@@ -170,7 +170,9 @@ class _StepWriter:
         window = self.window
         if self.kernel == (1, 1) and window.stride == (1, 1) and window.padding == (0, 0):
             return "plain"
-        return "gathered" if self.rows // self.step.groups >= GATHER_ROWS else "grid"
+        if self.step.groups > 1:
+            return "planes"
+        return "gathered" if self.rows >= GATHER_ROWS else "grid"
 
     def write(self, blob: _Blob, chain: int) -> list[int | float]:
         """Append the step's data, and return the fields of the C++ struct."""
@@ -232,7 +234,7 @@ class _StepWriter:
     def _entries(self, weight: Tensor) -> tuple[np.ndarray, np.ndarray]:
         row, channel, y, x = (i.numpy() for i in weight.nonzero(as_tuple=True))
         tap = y * self.kernel[1] + x
-        within = np.array(self.taps)[tap] if self.mode == "grid" else tap * self.width
+        within = np.array(self.taps)[tap] if self.mode in ("grid", "planes") else tap * self.width
         offset = channel * self.channel_stride + within
         entries = np.empty(len(row), np.dtype([("offset", np.int32), ("value", np.float32)]))
         entries["offset"], entries["value"] = offset * 4, weight[weight != 0].numpy()
@@ -314,7 +316,7 @@ def _tiled_buffers(writers: Sequence[_StepWriter], buffers: Sequence[Buffer]) ->
         step, width = writer.step, writer.width
         uses.setdefault(step.source, set()).add((width, writer.mode == "plain"))
         for number in (step.target, step.residual):
-            uses.setdefault(number, set()).add((width, writer.mode != "grid"))
+            uses.setdefault(number, set()).add((width, writer.mode not in ("grid", "planes")))
     return {
         number: next(iter(widths))[0]
         for number, widths in uses.items()

@@ -63,6 +63,7 @@ enum Mode : int64_t {
   DIRECT,  // the same, read where it lies: the source is in tiles
   GRID,
   GATHERED,
+  PLANES,  // of groups: like GRID, but the whole planes of a group's channels, for all of its columns
 };
 
 enum Activation : int64_t { NONE, RELU, CLAMP, GELU, GELU_TANH, SILU, HARDSWISH, SIGMOID };
@@ -228,7 +229,7 @@ void compute(const Step& s, const Block& b, const char* data, const char* x, flo
     } else if (is_turned) {
       activate(acc, s);
       for (int j = 0; j < NV; ++j) acc[j].store(sums + j * VL);
-    } else if (s.mode == GRID && s.pitch != s.out_width) {
+    } else if ((s.mode == GRID || s.mode == PLANES) && s.pitch != s.out_width) {
       for (int j = 0; j < NV; ++j) acc[j].store(line + j * VL);
       write_compact(s, line, t, m, y, residual);
     } else {
@@ -354,7 +355,7 @@ const char* pack(const Step& s, const Block& b, const char* data, const Place& x
     return reinterpret_cast<const char*>(packed);
   }
   const int64_t row0 = t.column0 / s.pitch;
-  if (s.mode == GRID) {
+  if (s.mode == GRID || s.mode == PLANES) {
     for (int64_t c = b.channel0; c < b.channel1; ++c) {
       fill_planes(s, data, x.data + c * x.row_stride, row0, packed + (c - b.channel0) * s.channel_stride);
     }
@@ -388,14 +389,22 @@ void run_tile(const Step& s, const char* data, const Place& x, const Place& y, c
   float *planes = packed + parts.planes, *partial = packed + parts.partial;
   const Block* blocks = reinterpret_cast<const Block*>(data + s.blocks);
   const Copies copies(s, t);
-  int nv = int((t.columns + VL - 1) / VL);
+  auto run = [&](const Block& b, const char* start, Tile part) {
+    COMPUTE[(part.columns + VL - 1) / VL - 1](s, b, data, start, partial, part, y, residual);
+  };
   for (int64_t i = 0; i < s.block_count; ++i) {
     const Block& b = blocks[i];
     if (b.row1 <= t.row0 || b.row0 >= t.row1) continue;
-    const char* start = s.mode == DIRECT
-        ? reinterpret_cast<const char*>(x.data + b.channel0 * x.row_stride + t.column0)
-        : pack(s, b, data, x, packed, planes, t, copies);
-    COMPUTE[nv - 1](s, b, data, start, partial, t, y, residual);
+    if (s.mode == DIRECT) {
+      run(b, reinterpret_cast<const char*>(x.data + b.channel0 * x.row_stride + t.column0), t);
+      continue;
+    }
+    const char* start = pack(s, b, data, x, packed, planes, t, copies);
+    const int64_t width = s.mode == PLANES ? s.vectors * VL : t.columns;
+    for (int64_t column = 0; column < t.columns; column += width) {
+      Tile part{t.column0 + column, std::min(width, t.columns - column), t.row0, t.row1};
+      run(b, start + column * sizeof(float), part);
+    }
   }
   if (y.column_stride != 1) {
     turn(partial, s.vectors * VL, y.data + t.column0 * y.column_stride + t.row0, y.column_stride, t.row1 - t.row0,
@@ -407,7 +416,7 @@ void run_tile(const Step& s, const char* data, const Place& x, const Place& y, c
 struct Share {
   int64_t width, tiles, row_parts, first, stop;
   Share(const Step& s, int64_t columns, int64_t member, int64_t team) {
-    width = s.vectors * VL;
+    width = s.mode == PLANES ? columns : s.vectors * VL;
     tiles = (columns + width - 1) / width;
     row_parts = 1;
     while (row_parts < team && (tiles * row_parts) % team != 0 && tiles < 4 * team) ++row_parts;
