@@ -10,6 +10,7 @@ from autosparse_fx.passes.fuse_sparse_programs import fuse_sparse_programs
 from autosparse_fx.passes.insert_masks import insert_masks
 from autosparse_fx.passes.lower_sparse_conv import lower_sparse_conv
 from autosparse_fx.passes.lower_sparse_linear import lower_sparse_linear
+from autosparse_fx.passes.remove_dead_channels import remove_dead_channels
 from autosparse_fx.passes.tag_recompute import tag_recompute
 
 # Each rewrites a graph in place, changes nothing when run again, and returns how many changes it made.
@@ -19,6 +20,7 @@ JOINT_PASSES: tuple[Callable[[GraphModule], int], ...] = (tag_recompute,)
 # These run on a graph of ATen operators whose weights are constants: inference, under no_grad.
 INFERENCE_PASSES: tuple[Callable[[GraphModule], int], ...] = (
     fold_batch_norm,
+    remove_dead_channels,
     lower_sparse_conv,
     lower_sparse_linear,
     fuse_sparse_programs,
@@ -34,5 +36,6 @@ __all__ = [
     "insert_masks",
     "lower_sparse_conv",
     "lower_sparse_linear",
+    "remove_dead_channels",
     "tag_recompute",
 ]
