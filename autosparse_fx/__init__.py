@@ -1,8 +1,10 @@
 """Sparse training for PyTorch: learned thresholds and Gradient Annealing, as passes of torch.compile."""
 
+from autosparse_fx.advise import advise
 from autosparse_fx.annealing import GradientAnnealing, param_groups
 from autosparse_fx.config import AutoSparse
 from autosparse_fx.hidden.state import load_state_dict, state_dict
+from autosparse_fx.inference import repack
 from autosparse_fx.report import SparsityReport, report, sparsity, thresholds
 from autosparse_fx.sparsify import dense_weights, finalize, sparsify
 from autosparse_fx.view.visualize import visualize
@@ -11,10 +13,12 @@ __all__ = [
     "AutoSparse",
     "GradientAnnealing",
     "SparsityReport",
+    "advise",
     "dense_weights",
     "finalize",
     "load_state_dict",
     "param_groups",
+    "repack",
     "report",
     "sparsify",
     "sparsity",

@@ -88,7 +88,7 @@ def capture(
         return call
 
     with _compat.graph_break_reasons() as reasons, torch.inference_mode(False), torch.enable_grad():
-        _run(model, inputs, backend, layers=True)
+        run_captured(model, inputs, backend, layers=True)
     found.breaks = reasons
     if fixed_sizes:
         raise ValueError(
@@ -119,7 +119,7 @@ def multiplied_parameters(
         return gm.forward
 
     with torch.no_grad():
-        _run(model, example_inputs, backend)
+        run_captured(model, example_inputs, backend)
     return used
 
 
@@ -132,7 +132,7 @@ def _rewritten(gm: GraphModule) -> GraphModule:
     return graph
 
 
-def _run(model: nn.Module, example_inputs: Any, backend: Callable[..., Any], *, layers: bool = False) -> None:
+def run_captured(model: nn.Module, example_inputs: Any, backend: Callable[..., Any], *, layers: bool = False) -> None:
     """Call the model under ``backend``, and put back what that changed.
 
     With ``layers`` also those are captured that Dynamo would leave to eager mode where code between graphs calls them.

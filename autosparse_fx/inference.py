@@ -6,12 +6,13 @@ version; others, or the same written to since, are compiled for anew.
 
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from autosparse_fx import _compat
@@ -21,6 +22,7 @@ from autosparse_fx.pipeline import run_passes
 
 log = logging.getLogger(__name__)
 
+_frozen: "weakref.WeakSet[FrozenGraph]" = weakref.WeakSet()
 MOST_REWRITES = 8  # of weights between calls, after which a graph goes back to kernels that read them at every call
 
 
@@ -28,12 +30,7 @@ def compile_for_inference(
     gm: GraphModule, example_inputs: Sequence[Any], patches: dict[str, Any]
 ) -> Callable[..., Any] | None:
     """Compile a Dynamo graph with its weights as constants, or return None where no layer would run sparse."""
-    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    state = {
-        number: tensor
-        for number, node in enumerate(placeholders)
-        if _compat.is_module_state(node) and (tensor := _compat.placeholder_tensor(node)) is not None
-    }
+    state = module_state(gm)
     if not any(_may_run_sparse(tensor) for tensor in state.values()):
         return None
     graph = _compat.inference_graph(gm, example_inputs)
@@ -42,6 +39,29 @@ def compile_for_inference(
         return None
     frozen = FrozenGraph(graph, list(state), example_inputs, patches)
     return frozen if frozen.compile_for(list(state.values())) else None
+
+
+def repack(model: nn.Module) -> int:
+    """Have the sparse kernels of ``model`` take its weights anew at the next call.
+
+    Needed after a write that PyTorch does not count, as ``parameter.data[...] = ...`` is one. All others, in-place
+    operations on the parameter itself, ``load_state_dict`` and optimizers among them, are noticed by themselves.
+
+    Returns:
+        How many compiled graphs will be compiled again.
+    """
+    state = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+    return sum(frozen.forget(state) for frozen in list(_frozen))
+
+
+def module_state(gm: GraphModule) -> dict[int, Tensor]:
+    """The parameters and buffers among the inputs of a Dynamo graph, by their number, while its backend runs."""
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    return {
+        number: tensor
+        for number, node in enumerate(placeholders)
+        if _compat.is_module_state(node) and (tensor := _compat.placeholder_tensor(node)) is not None
+    }
 
 
 def _may_run_sparse(tensor: Tensor) -> bool:
@@ -78,10 +98,19 @@ class FrozenGraph:
         self._rewrites = 0
         self._dense: Callable[..., Any] | None = None
         self._lock = threading.RLock()
+        _frozen.add(self)
+
+    def forget(self, tensors: set[int]) -> int:
+        """Drop what was compiled for any of these tensors, by id; return how many that were."""
+        with self._lock:
+            kept = [c for c in self._compiled if not tensors & {id(ref()) for ref in c.tensors}]
+            dropped = len(self._compiled) - len(kept)
+            self._compiled = kept
+        return dropped
 
     def compile_for(self, tensors: Sequence[Tensor]) -> bool:
         """Compile for these weights; return False where no layer would run sparse."""
-        graph = _with_constants(self._graph, dict(zip(self._state, tensors, strict=True)))
+        graph = with_constants(self._graph, dict(zip(self._state, tensors, strict=True)))
         versions = [_compat.tensor_version(tensor) for tensor in tensors]
         run_passes(graph, INFERENCE_PASSES, "inference")
         if not graph.graph.find_nodes(op="call_function", target=RUN_PROGRAM):
@@ -119,7 +148,7 @@ class FrozenGraph:
             )
 
 
-def _with_constants(graph: GraphModule, tensors: dict[int, Tensor]) -> GraphModule:
+def with_constants(graph: GraphModule, tensors: dict[int, Tensor]) -> GraphModule:
     """A copy of an ATen graph in which some placeholders are attributes that hold these tensors."""
     made = _compat.copy_graph_module(graph)
     placeholders = [node for node in made.graph.nodes if node.op == "placeholder"]

@@ -59,7 +59,23 @@ def report(
         return found
     from autosparse_fx.flops import count_flops  # which needs the compiler
 
-    return _with_costs(found, count_flops(model, example_inputs, dynamic_shapes), unit)
+    found = _with_costs(found, count_flops(model, example_inputs, dynamic_shapes), unit)
+    return found if model.training or _masked_by_weight(model) else _with_kernels(found, model, example_inputs)
+
+
+def _with_kernels(
+    found: SparsityReport, model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any] | Tensor
+) -> SparsityReport:
+    from autosparse_fx.kernels.layers import layers  # which needs the compiler
+
+    choices = {layer.name: layer.choice for layer in layers(model, example_inputs)}
+    listed = [
+        replace(layer, kernel="sparse" if choice.is_sparse else "dense", kernel_reason=choice.reason)
+        if (choice := choices.get(layer.name)) is not None
+        else layer
+        for layer in found.layers
+    ]
+    return replace(found, layers=tuple(listed))
 
 
 @torch.no_grad()

@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from autosparse_fx.flops.training import TrainingFlops
 
 UNITS = {"flops": ("FLOPs", 2), "macs": ("MACs", 1)}
-SPEED = (
-    "speed: the zeros are multiplied like all other weights, by dense kernels: fewer FLOPs are not yet less time here"
+SPEED_IN_TRAINING = (
+    "speed: while a model is prepared or in training mode its zeros are multiplied like all other weights; the report "
+    "of model = autosparse_fx.finalize(model).eval() says which layers then run on sparse kernels"
 )
+SPEED = 'speed: compiled with backend="autosparse" under torch.no_grad() on this CPU'
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class LayerReport:
     tied: tuple[str, ...] = ()
     stored_bytes: int = 0  # the smallest of dense, bitmap and values, and indices and values
     cost: Cost | None = None  # None where the report was made without example inputs
+    kernel: str | None = None  # "sparse" or "dense", in inference; None where that is not known
+    kernel_reason: str = ""
 
     @property
     def sparsity(self) -> float:
@@ -138,6 +142,7 @@ class SparsityReport:
             "tied": list(layer.tied),
             "stored_bytes": layer.stored_bytes,
             **({} if layer.cost is None else {"dense": layer.cost.dense, "sparse": layer.cost.sparse}),
+            **({} if layer.kernel is None else {"kernel": layer.kernel, "kernel_reason": layer.kernel_reason}),
         }
 
     def to_json(self, **options: Any) -> str:
@@ -166,6 +171,8 @@ class SparsityReport:
         cost, unit = self.cost, UNITS[self.unit][0]
         header = ["weight", "shape", "numel", "zeros", "sparsity", "cut"]
         header += [] if cost is None else [f"dense {unit}", f"sparse {unit}", "share"]
+        kernels = any(layer.kernel is not None for layer in self.layers)
+        header += ["kernel"] if kernels else []
 
         def costs(part: Cost | None) -> list[str]:
             if cost is None:
@@ -185,6 +192,7 @@ class SparsityReport:
                     f"{layer.sparsity:.4f}",
                     "" if layer.threshold is None else f"{layer.threshold:.2e}",
                     *costs(layer.cost),
+                    *([f"{layer.kernel}: {layer.kernel_reason}" if layer.kernel else ""] if kernels else []),
                 ]
             )
         share = self.zeros / self.parameters if self.parameters else 0.0
@@ -194,7 +202,7 @@ class SparsityReport:
         totals += [[name, "", "", "", "", "", *costs(part)] for name, part in self.other_costs.items()]
         numbers = [f"{self.parameters:,}", f"{self.zeros:,}", f"{share:.4f}"]
         totals.append(["all parameters" if cost is None else "all", "", *numbers, "", *costs(cost)])
-        return header, rows, totals
+        return header, rows, [[*row, ""] for row in totals] if kernels else totals
 
     def _notes(self) -> list[str]:
         notes = []
@@ -208,8 +216,7 @@ class SparsityReport:
                 by_reason.setdefault(why, []).append(name)
             notes.append("left dense:")
             for why, names in by_reason.items():
-                shown = ", ".join(names[:4]) + (f", ... ({len(names)} in all)" if len(names) > 4 else "")
-                notes.append(f"  {why}: {shown}")
+                notes.append(f"  {why}: {_some(names)}")
         notes.append(
             f"size of the parameters: {short(self.dense_bytes, 'B')}; {short(self.stored_bytes, 'B')} where zeros are "
             "left out"
@@ -232,5 +239,15 @@ class SparsityReport:
                 f"training so far: {self.training.fraction:.3f} of the {UNITS[self.unit][0]} of a dense one; at the "
                 f"same final sparsities {others}"
             )
-        notes.append(SPEED)
-        return notes
+        return [*notes, *self._kernel_notes()]
+
+    def _kernel_notes(self) -> list[str]:
+        known = [layer for layer in self.layers if layer.kernel is not None]
+        if not known:
+            return [SPEED_IN_TRAINING]
+        sparse = sum(layer.kernel == "sparse" for layer in known)
+        return [f"{SPEED}, {sparse} of {len(known)} weights run on sparse kernels"]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f", ... ({len(names)} in all)" if len(names) > 4 else "")

@@ -28,6 +28,13 @@ def constant(node: object) -> Tensor | None:
     return None
 
 
+def constant_name(node: object) -> str | None:
+    """The name of the attribute that :func:`constant` looks at."""
+    while isinstance(node, Node) and node.op != "get_attr" and node.all_input_nodes and constant(node) is not None:
+        node = node.all_input_nodes[0]
+    return str(node.target) if isinstance(node, Node) and node.op == "get_attr" else None
+
+
 def new_constant(gm: GraphModule, name: str, value: Tensor, before: Node) -> Node:
     """Register ``value`` under a free name that starts with ``name``, and return a node for it."""
     free, number = name, 0

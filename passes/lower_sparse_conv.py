@@ -9,13 +9,12 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from autosparse_fx.kernels import ops  # noqa: F401  (the operators must exist)
-from autosparse_fx.kernels.choice import Choice, choose
+from autosparse_fx.kernels.choice import CHOICE, Choice, choose
 from autosparse_fx.passes.constants import constant, new_constant, remove_unused_constants
 from autosparse_fx.passes.epilogues import activation_of, only_user, same_shape
 
 aten = torch.ops.aten
 SPARSE_CONV = torch.ops.autosparse.sparse_conv.default
-CHOICE = "autosparse_choice"  # where a convolution or product keeps whether it became sparse, and why
 
 
 def lower_sparse_conv(gm: GraphModule) -> int:
@@ -40,7 +39,7 @@ def lower_sparse_conv(gm: GraphModule) -> int:
 def _choice(node: Node) -> Choice:
     reason = _unsupported(node)
     if reason:
-        return Choice(False, reason)
+        return Choice(False, reason, False)
     weight = constant(node.args[1])
     assert weight is not None
     if int(node.args[8]) > 1:  # type: ignore[arg-type]

@@ -7,10 +7,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from autosparse_fx.kernels import ops  # noqa: F401  (the operators must exist)
-from autosparse_fx.kernels.choice import Choice, choose
+from autosparse_fx.kernels.choice import CHOICE, Choice, choose
 from autosparse_fx.passes.constants import constant, new_constant, remove_unused_constants
 from autosparse_fx.passes.epilogues import activation_of, only_user
-from autosparse_fx.passes.lower_sparse_conv import CHOICE
 
 aten = torch.ops.aten
 SPARSE_LINEAR = torch.ops.autosparse.sparse_linear.default
@@ -42,15 +41,15 @@ def _operands(node: Node) -> tuple[Choice, Tensor | None, Tensor | None]:
     bias = None
     if node.target is aten.addmm.default:
         if node.kwargs:
-            return Choice(False, "a scaled product"), None, None
+            return Choice(False, "a scaled product", False), None, None
         bias = constant(node.args[0])
         if bias is None or bias.dim() != 1:
-            return Choice(False, "its bias is no constant vector"), None, None
+            return Choice(False, "its bias is no constant vector", False), None, None
     matrix = constant(node.args[-1])
     if matrix is None or node.args[-2].meta["val"].dim() != 2:  # type: ignore[union-attr]
-        return Choice(False, "its weight is no constant"), None, None
+        return Choice(False, "its weight is no constant", False), None, None
     if matrix.dtype != torch.float32 or node.meta["val"].dtype != torch.float32:
-        return Choice(False, f"{matrix.dtype} (sparse kernels compute in float32)"), None, None
+        return Choice(False, f"{matrix.dtype} (sparse kernels compute in float32)", False), None, None
     weight = matrix.detach().t()
     rows, channels = weight.shape
     entries = int(weight.count_nonzero())

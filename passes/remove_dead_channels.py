@@ -18,7 +18,7 @@ CONVOLUTION = aten.convolution.default
 def remove_dead_channels(gm: GraphModule) -> int:
     """Remove channels until none is dead; return how many were.
 
-    A channel is dead where all its consumers' weights for it are zero, or where its filter is zero: then it is constant,
+    A channel is dead where all its consumers' weights for it are zero, or where its filter is zero: then it is constant
     and adds a constant to its consumers, which becomes part of their bias. Consumers that pad would see the constant
     end at the border, so for them it must be zero.
     """
@@ -74,7 +74,7 @@ def _is_by_channel(node: Node, source: Node) -> bool:
     if node.target is not CONVOLUTION or node.args[0] is not source:
         return False
     weight = constant(node.args[1])
-    return weight is not None and weight.shape[1] == 1 and _has_constants(node, groups=weight.shape[0])
+    return weight is not None and int(weight.shape[1]) == 1 and _has_constants(node, groups=weight.shape[0])
 
 
 def _remove_from(gm: GraphModule, path: _Path) -> int:

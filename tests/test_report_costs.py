@@ -137,9 +137,26 @@ def test_html_escapes_names() -> None:
     assert "&lt;b&gt;.weight" in html and "<b>" not in html
 
 
-def test_nothing_is_claimed_of_speed() -> None:
-    (line,) = [line for line in str(report(mlp(), torch.randn(2, 16))).splitlines() if line.startswith("speed:")]
-    assert "dense kernels" in line and not re.search(r"\d", line)
+def speed_line(model: nn.Module) -> str:
+    (line,) = [line for line in str(report(model, torch.randn(2, 16))).splitlines() if line.startswith("speed:")]
+    return line
+
+
+def test_speed_is_claimed_for_inference_only() -> None:
+    line = speed_line(mlp())
+    assert "in training mode its zeros are multiplied" in line and not re.search(r"\d", line)
+    assert speed_line(sparsify(mlp().eval())) == line
+    assert "0 of 3 weights run on sparse kernels" in speed_line(mlp().eval())
+
+
+def test_each_weight_says_which_kernel_it_runs_on_and_why() -> None:
+    model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 4)).eval()
+    with torch.no_grad():
+        model[2].weight[torch.rand(512, 512) < 0.95] = 0
+    found = report(model, torch.randn(64, 256))
+    assert [layer.kernel for layer in found.layers] == ["dense", "sparse", "dense"]
+    assert [layer["kernel"] for layer in found.to_dict()["layers"]] == ["dense", "sparse", "dense"]
+    assert "sparse: estimated" in str(found) and "1 of 3 weights run on sparse kernels" in str(found)
 
 
 @pytest.mark.parametrize(

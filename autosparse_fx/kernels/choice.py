@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass
 
-# Cycles per vector of output columns, seen on AVX-512 machines (benchmarks/kernels.py): a multiply-add of a dense
-# kernel that runs at nine tenths of the peak; one of a sparse kernel, whose operand comes from the first-level cache,
-# aligned or not; taking a vector of the input into the packed block; and giving one of the output back.
-DENSE, SPARSE_PLAIN, SPARSE_WINDOW, PACK, STORE = 0.55, 0.9, 1.25, 2.0, 3.0
+# Cycles per vector of output columns, as seen on machines with AVX-512: a multiply-add of a dense kernel that runs near
+# the peak; one of a sparse kernel, whose operand comes from a cache, in a 1x1 layer or another; taking a vector of the
+# input into the packed block; and giving one of the output back. autosparse_fx.advise measures instead.
+DENSE, SPARSE_PLAIN, SPARSE_WINDOW, PACK, STORE = 0.55, 0.9, 1.5, 2.0, 3.0
+LANES = 16  # columns are computed in vectors of this size
 MARGIN = 0.9  # of the dense estimate, below which a layer becomes sparse
 WORTHWHILE = 64 * 1024  # multiply-adds of the dense layer, below which nothing is gained that could be measured
+
+CHOICE = "autosparse_choice"  # where the node of a convolution or product keeps whether it runs sparse
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,7 @@ class Choice:
 
     is_sparse: bool
     reason: str
+    is_supported: bool = True  # False where there is no sparse kernel, however many zeros there were
 
 
 def choose(*, entries: int, rows: int, depth: int, channels: int, columns: int, is_plain: bool) -> Choice:
@@ -28,10 +32,10 @@ def choose(*, entries: int, rows: int, depth: int, channels: int, columns: int, 
         columns: output pixels, or tokens.
         is_plain: a linear layer, or a 1x1 convolution without stride and padding.
     """
-    sparsity = 1 - entries / max(1, rows * depth)
     if rows * depth * columns < WORTHWHILE:
-        return Choice(False, f"too small to gain anything ({sparsity:.1%} zeros)")
+        return Choice(False, "too small to gain anything")
     dense = rows * depth * DENSE + rows
     sparse = entries * (SPARSE_PLAIN if is_plain else SPARSE_WINDOW) + channels * PACK + rows * STORE
-    gain = f"{sparsity:.1%} zeros, estimated {dense / sparse:.1f}x"
+    sparse *= LANES * -(-columns // LANES) / columns
+    gain = f"estimated {dense / sparse:.1f}x"
     return Choice(sparse < MARGIN * dense, gain)

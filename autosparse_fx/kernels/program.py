@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # For the packed channels of a tile. Taps of a grid are not aligned, which costs more from the second-level cache.
-CACHE_BYTES = {"plain": 64 * 1024, "direct": 64 * 1024, "gathered": 64 * 1024, "grid": 32 * 1024, "planes": 2**31}
+CACHE_BYTES = {"plain": 64 * 1024, "direct": 64 * 1024, "gathered": 64 * 1024, "grid": 32 * 1024, "planes": 0}
 GATHER_ROWS = 96  # of a weight, from which packing a row per tap pays
 MODES = ("plain", "direct", "grid", "gathered", "planes")
 ACTIVATIONS = ("none", "relu", "clamp", "gelu", "gelu_tanh", "silu", "hardswish", "sigmoid")
@@ -158,6 +158,8 @@ class _StepWriter:
         else:
             self.channel_stride = width * len(taps)
         wanted = step.block_channels or max(1, CACHE_BYTES[self.mode] // (4 * self.channel_stride))
+        if self.mode == "planes":
+            wanted = self.group_channels  # sums between blocks are kept for one tile, and this has several
         # As few blocks as that allows, all of about the same size.
         self.block_channels = -(-self.group_channels // -(-self.group_channels // min(self.group_channels, wanted)))
 

@@ -452,6 +452,7 @@ extern "C" int64_t most_vectors() { return MAX_NV; }
 // is_channels_last: of each input, whether its channels are contiguous; only for those that are read in mode PLAIN.
 extern "C" void run_sparse_program(const char* data, const float* const* inputs, const bool* is_channels_last,
                                    float* const* outputs, int64_t batch, int64_t threads) {
+  if (batch == 0) return;
   const Header& h = *reinterpret_cast<const Header*>(data);
   const Step* steps = reinterpret_cast<const Step*>(data + h.steps);
   const Buffer* buffers = reinterpret_cast<const Buffer*>(data + h.buffers);

@@ -1,0 +1,178 @@
+"""What sparsity would pay on this machine, layer by layer, before anything is trained."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autosparse_fx.kernels.layers import Layer, layers
+from autosparse_fx.kernels.library import library
+from autosparse_fx.kernels.program import Buffer, Machine, Step, Window, assemble
+from autosparse_fx.tables import text_table
+
+SECONDS = 0.03  # for each kernel that is timed
+
+
+@dataclass(frozen=True)
+class LayerAdvice:
+    """One weight: milliseconds of its dense kernel, and of the sparse one at each sparsity.
+
+    ``sparse_ms`` is empty for a layer that sparse kernels do not run, and ``reason`` says why.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dense_ms: float | None
+    sparse_ms: dict[float, float]
+    reason: str = ""
+
+    def speedup(self, sparsity: float) -> float | None:
+        """Dense over sparse time, or None where there is no sparse kernel."""
+        if self.dense_ms is None or sparsity not in self.sparse_ms:
+            return None
+        return self.dense_ms / self.sparse_ms[sparsity]
+
+    @property
+    def pays_from(self) -> float | None:
+        """The lowest of the sparsities from which on the sparse kernel is the faster one; None where it never is."""
+        paying: float | None = None
+        for sparsity in sorted(self.sparse_ms, reverse=True):
+            if (self.speedup(sparsity) or 0) <= 1:
+                break
+            paying = sparsity
+        return paying
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The layers of a model, and what a forward pass of them takes; ``print`` it, or take :meth:`to_dict`."""
+
+    layers: tuple[LayerAdvice, ...]
+    sparsities: tuple[float, ...]
+    threads: int
+
+    def speedup(self, sparsity: float) -> float | None:
+        """Of all layers together that have a sparse kernel, each on the faster of its two."""
+        timed = [layer for layer in self.layers if layer.dense_ms is not None]
+        if not timed:
+            return None
+        dense = sum(layer.dense_ms or 0 for layer in timed)
+        return dense / sum(min(layer.dense_ms or 0, layer.sparse_ms[sparsity]) for layer in timed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, fit for JSON."""
+        return {
+            "threads": self.threads,
+            "speedup": {str(sparsity): self.speedup(sparsity) for sparsity in self.sparsities},
+            "layers": [asdict(layer) | {"pays_from": layer.pays_from} for layer in self.layers],
+        }
+
+    def __str__(self) -> str:
+        header = ["weight", "shape", "dense ms", *(f"{sparsity:.0%}" for sparsity in self.sparsities), "pays from"]
+        rows = []
+        for layer in self.layers:
+            gains = [_times(layer.speedup(sparsity)) for sparsity in self.sparsities]
+            time_taken = "" if layer.dense_ms is None else f"{layer.dense_ms:.3f}"
+            pays = layer.reason or ("never" if layer.pays_from is None else f"{layer.pays_from:.0%}")
+            rows.append([layer.name, "x".join(map(str, layer.shape)), time_taken, *gains, pays])
+        total = sum(layer.dense_ms or 0 for layer in self.layers)
+        gains = [_times(self.speedup(sparsity)) for sparsity in self.sparsities]
+        totals = [["these layers, each on the faster kernel", "", f"{total:.3f}", *gains, ""]]
+        note = (
+            f"measured on this machine with {self.threads} threads, float32, masks at random, each layer alone: a "
+            "dense kernel on channels-last images or tokens, over the sparse one"
+        )
+        return text_table(header, rows, totals) + f"\n{note}"
+
+
+def _times(speedup: float | None) -> str:
+    return "" if speedup is None else f"{speedup:.2f}x"
+
+
+@torch.no_grad()
+def advise(
+    model: nn.Module,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | Tensor,
+    sparsities: Sequence[float] = (0.7, 0.8, 0.9, 0.95),
+) -> Advice:
+    """Time the layers of ``model`` on this machine's CPU, dense and at each sparsity, whatever the weights are now.
+
+    Args:
+        model: any module; it runs once in evaluation mode, without gradients, and is left as it was.
+        example_inputs: the arguments of one call (a tensor, a tuple, or a dict of keyword arguments), of the batch size
+            and the image size to advise for.
+        sparsities: fractions of zeros in [0, 1).
+
+    Raises:
+        ValueError: if a sparsity is out of range, or the model cannot be run on the inputs.
+    """
+    for sparsity in sparsities:
+        if not 0 <= sparsity < 1:
+            raise ValueError(f"sparsities must be in [0, 1), got {sparsity!r}")
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        found = layers(model, example_inputs)
+    finally:
+        for module in training:
+            module.training = True
+    timed: dict[Any, tuple[float, dict[float, float]]] = {}
+    rows = []
+    for layer in found:
+        if not layer.choice.is_supported:
+            rows.append(LayerAdvice(layer.name, layer.shape, None, {}, layer.choice.reason))
+            continue
+        geometry = layer.shape, layer.units, layer.columns, layer.window, layer.groups
+        if geometry not in timed:
+            timed[geometry] = _time_dense(layer), {s: _time_sparse(layer, s) for s in sparsities}
+        rows.append(LayerAdvice(layer.name, layer.shape, *timed[geometry]))
+    return Advice(tuple(rows), tuple(sparsities), torch.get_num_threads())
+
+
+def _time_dense(layer: Layer) -> float:
+    weight, bias = torch.randn(layer.shape), torch.zeros(layer.shape[0])
+    if layer.window is None:
+        x = torch.randn(layer.columns, layer.shape[1])
+        return _milliseconds(lambda: F.linear(x, weight, bias))
+    window = layer.window
+    x = torch.randn(layer.units, layer.shape[1] * layer.groups, *window.in_size)
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    return _milliseconds(
+        lambda: F.conv2d(x, weight, bias, window.stride, window.padding, window.dilation, layer.groups)
+    )
+
+
+def _time_sparse(layer: Layer, sparsity: float) -> float:
+    weight = torch.randn(layer.shape)
+    weight = weight * (torch.rand(layer.shape) >= sparsity)
+    rows, channels = layer.shape[0], layer.shape[1] * layer.groups
+    is_tokens = layer.window is None
+    window = layer.window or Window((1, 1), (1, 1))
+    pixels = window.in_size[0] * window.in_size[1]
+    step = Step(
+        0, 1, weight if weight.dim() == 4 else weight[:, :, None, None], torch.zeros(rows), window, layer.groups
+    )
+    buffers = [Buffer("input", channels, pixels), Buffer("output", rows, layer.columns)]
+    kernels = library()
+    program = assemble([step], buffers, Machine(kernels.vector_length, kernels.most_vectors), is_tokens=is_tokens).data
+    if is_tokens:
+        x, y = torch.randn(layer.columns, channels), torch.empty(layer.columns, rows)
+    else:
+        x, y = torch.randn(layer.units, channels, pixels), torch.empty(layer.units, rows, layer.columns)
+    return _milliseconds(lambda: kernels.run(program, [x], [y]))
+
+
+def _milliseconds(function: Callable[[], Any]) -> float:
+    function()
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < SECONDS:
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times)

@@ -1,0 +1,101 @@
+"""The layers of a model that sparse kernels could run, as a compiled graph under no_grad has them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from autosparse_fx import _compat
+from autosparse_fx.capture import run_captured
+from autosparse_fx.inference import module_state, with_constants
+from autosparse_fx.kernels.choice import CHOICE, Choice
+from autosparse_fx.kernels.program import Window
+from autosparse_fx.passes import INFERENCE_PASSES, fuse_sparse_programs
+from autosparse_fx.passes.constants import constant_name
+
+aten = torch.ops.aten
+_WEIGHT: dict[Any, int] = {aten.convolution.default: 1, aten.mm.default: 1, aten.addmm.default: 2}  # where the weight stands
+_NAME = "autosparse_weight_name"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One use of a weight.
+
+    Attributes:
+        name: the full name of the parameter.
+        choice: whether it runs sparse as it is, and why.
+        shape: of the weight, ``[rows, channels / groups, ...]``.
+        units, columns: images and pixels of the output, or 1 and tokens.
+        window: of a convolution in two dimensions; None for a product.
+        groups: of a convolution.
+    """
+
+    name: str
+    choice: Choice
+    shape: tuple[int, ...]
+    units: int
+    columns: int
+    window: Window | None
+    groups: int = 1
+
+
+def layers(model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any] | Tensor) -> list[Layer]:
+    """List every use of a weight that a convolution or a product of a graph under no_grad multiplies by.
+
+    The model runs once, in the mode that it is in. Its buffers and the random state are restored.
+
+    Raises:
+        ValueError: if the model cannot be run on the inputs.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found: list[Layer] = []
+
+    def backend(gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        state = module_state(gm)
+        graph = _compat.inference_graph(gm, inputs)
+        if graph is not None:
+            graph = with_constants(graph, state)
+            by_constant = {f"constant_{number}": names.get(id(tensor), "") for number, tensor in state.items()}
+            found.extend(_layers(graph, by_constant))
+        return gm.forward
+
+    with torch.no_grad():
+        run_captured(model, example_inputs, backend)
+    return found
+
+
+def _layers(graph: GraphModule, names: dict[str, str]) -> list[Layer]:
+    geometries = {}
+    for node in graph.graph.nodes:
+        if node.target in _WEIGHT:
+            name = names.get(constant_name(node.args[_WEIGHT[node.target]]) or "", "")
+            node.meta[_NAME] = name
+            geometries[name] = _geometry(node)
+    for graph_pass in INFERENCE_PASSES:
+        if graph_pass is not fuse_sparse_programs:
+            graph_pass(graph)
+    chosen = {
+        node.meta[_NAME]: node.meta[CHOICE]
+        for node in graph.graph.nodes
+        if CHOICE in node.meta and node.meta.get(_NAME)
+    }
+    return [Layer(name, chosen[name], *geometries[name]) for name in geometries if name in chosen]
+
+
+def _geometry(node: Node) -> tuple[tuple[int, ...], int, int, Window | None, int]:
+    arguments: tuple[Any, ...] = node.args
+    weight, value = arguments[_WEIGHT[node.target]].meta["val"], node.meta["val"]
+    if node.target is not aten.convolution.default:
+        return tuple(int(size) for size in reversed(weight.shape)), 1, int(value.shape[0]), None, 1
+    shape = tuple(int(size) for size in weight.shape)
+    source, _, _, stride, padding, dilation, _, _, groups = arguments
+    units, columns = int(value.shape[0]), int(value[0, 0].numel())
+    if value.dim() != 4:
+        return shape, units, columns, None, groups
+    in_size, out_size = source.meta["val"].shape[2:], value.shape[2:]
+    window = Window(tuple(in_size), tuple(out_size), tuple(stride), tuple(padding), tuple(dilation))
+    return shape, units, columns, window, groups
