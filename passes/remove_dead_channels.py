@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,10 +56,11 @@ def _paths(gm: GraphModule) -> list[_Path]:
 
 
 def _has_constants(node: Node, *, groups: int = 1) -> bool:
-    _, weight, bias, _, _, _, transposed, _, its_groups = node.args
+    arguments: tuple[Any, ...] = node.args
+    _, weight, bias, _, _, _, transposed, _, its_groups = arguments
     return (
         not transposed
-        and its_groups == groups
+        and bool(its_groups == groups)
         and constant(weight) is not None
         and (bias is None or constant(bias) is not None)
     )
