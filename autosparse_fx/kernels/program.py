@@ -352,7 +352,8 @@ class _Layout:
 
 def _layout(buffer: Buffer, tile_width: int, is_local: bool, machine: Machine, is_tokens: bool) -> _Layout:
     if tile_width:
-        tiles = 1 if is_tokens else -(-buffer.columns // tile_width)
+        columns = machine.most_vectors * machine.vector_length if is_tokens else buffer.columns
+        tiles = -(-columns // tile_width)
         step = tile_width * (buffer.channels - 1)
         return _Layout(tile_width, 1, 0, step, -tile_width if is_local else step, tiles * (tile_width + step))
     if is_tokens:
