@@ -10,6 +10,7 @@ from autosparse_fx.passes.fuse_sparse_programs import fuse_sparse_programs
 from autosparse_fx.passes.insert_masks import insert_masks
 from autosparse_fx.passes.lower_sparse_conv import lower_sparse_conv
 from autosparse_fx.passes.lower_sparse_linear import lower_sparse_linear
+from autosparse_fx.passes.open_encoder_layers import open_encoder_layers
 from autosparse_fx.passes.remove_dead_channels import remove_dead_channels
 from autosparse_fx.passes.tag_recompute import tag_recompute
 
@@ -19,6 +20,7 @@ DYNAMO_PASSES: tuple[Callable[[GraphModule], int], ...] = (insert_masks, dedupe_
 JOINT_PASSES: tuple[Callable[[GraphModule], int], ...] = (tag_recompute,)
 # These run on a graph of ATen operators whose weights are constants: inference, under no_grad.
 INFERENCE_PASSES: tuple[Callable[[GraphModule], int], ...] = (
+    open_encoder_layers,
     fold_batch_norm,
     remove_dead_channels,
     lower_sparse_conv,
@@ -36,6 +38,7 @@ __all__ = [
     "insert_masks",
     "lower_sparse_conv",
     "lower_sparse_linear",
+    "open_encoder_layers",
     "remove_dead_channels",
     "tag_recompute",
 ]

@@ -283,7 +283,7 @@ def assemble(steps: Sequence[Step], buffers: Sequence[Buffer], machine: Machine,
     chains = _chains(writers)
     local = _local_buffers(steps, chains)
     layouts = [_layout(b, tiled.get(n, 0), n in local, machine, is_tokens) for n, b in enumerate(buffers)]
-    positions, arena_bytes = _place(steps, chains, buffers, [layout.floats for layout in layouts])
+    positions, arena_bytes = _place(steps, chains, buffers, layouts)
     written = []
     for writer, chain in zip(writers, chains, strict=True):
         written.append(b"".join(map(_eight_bytes, writer.write(blob, chain))))
@@ -377,26 +377,52 @@ def _local_buffers(steps: Sequence[Step], chains: Sequence[int]) -> set[int]:
 
 
 def _place(
-    steps: Sequence[Step], chains: Sequence[int], buffers: Sequence[Buffer], floats: Sequence[int]
+    steps: Sequence[Step], chains: Sequence[int], buffers: Sequence[Buffer], layouts: Sequence[_Layout]
 ) -> tuple[list[int], int]:
     """Give every buffer of the arena a place that nothing else has while it lives; first fit."""
-    lives: dict[int, list[int]] = {}
-    time = 0
-    for number, step in enumerate(steps):
-        if number and chains[number - 1] == 1:
-            time += 1  # the steps of a chain take turns
-        for buffer in (step.source, step.target, step.residual):
-            if buffer >= 0 and buffers[buffer].kind == "arena":
-                lives.setdefault(buffer, [time, time])[1] = time
+    times = [0]
+    for chain in chains[:-1]:
+        times.append(times[-1] + (chain == 1))  # the steps of a chain take turns
+    uses: dict[int, list[int]] = {}
+    for time, step in zip(times, steps, strict=True):
+        for number in (step.source, step.target, step.residual):
+            if number >= 0 and buffers[number].kind == "arena":
+                uses.setdefault(number, []).append(time)
+    same = _in_place(steps, times, uses, layouts)
+    lives: dict[int, tuple[int, int]] = {}
+    for number, when in uses.items():
+        first, last = lives.get(same.get(number, number), (when[0], 0))
+        lives[same.get(number, number)] = min(first, when[0]), max(last, when[-1])
     positions = [b.index for b in buffers]
-    placed: list[tuple[int, int, list[int]]] = []
+    placed: list[tuple[int, int, tuple[int, int]]] = []
     slack = 4096  # a tile's last vectors reach beyond the last row
-    for number, life in sorted(lives.items(), key=lambda item: item[1][0]):
-        size = _round_up(4 * floats[number], 64) + slack
+    for number, life in sorted(lives.items(), key=lambda item: item[1]):
+        size = _round_up(4 * layouts[number].floats, 64) + slack
         at = 0
-        for start, stop, other in sorted(placed, key=lambda p: p[:2]):
+        for start, stop, other in sorted(placed):
             if life[0] <= other[1] and other[0] <= life[1] and at < stop and start < at + size:
                 at = stop
         positions[number] = at
         placed.append((at, at + size, life))
+    for number, owner in same.items():
+        positions[number] = positions[owner]
     return positions, max((stop for _, stop, _ in placed), default=0)
+
+
+def _in_place(
+    steps: Sequence[Step], times: Sequence[int], uses: dict[int, list[int]], layouts: Sequence[_Layout]
+) -> dict[int, int]:
+    """The targets that may overwrite the residual that is added to them, with the buffer that holds both.
+
+    That is a third less traffic, and half the memory to keep in a cache. Both must be in the same tiles, and this must
+    be the last use of the residual.
+    """
+    same: dict[int, int] = {}
+    for time, step in zip(times, steps, strict=True):
+        residual, target = step.residual, step.target
+        if residual in uses and target in uses and residual != step.source:
+            is_tiled = layouts[residual].tile_step > 0 and layouts[residual] == layouts[target]
+            is_last = uses[residual][-1] == time and uses[residual].count(time) == 1
+            if is_tiled and is_last:
+                same[target] = same.get(residual, residual)
+    return same
