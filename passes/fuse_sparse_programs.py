@@ -126,9 +126,9 @@ def _fuse(gm: GraphModule, members: set[Node], *, is_tokens: bool) -> None:
 
 
 def _place(gm: GraphModule, members: set[Node], inputs: list[Node]) -> Node:
-    """The first node behind all inputs; what uses the outputs is moved behind it where it must be."""
+    """The first node behind all inputs and placeholders; what uses the outputs is moved behind it where it must be."""
     order = {node: number for number, node in enumerate(gm.graph.nodes)}
-    last = max(inputs, key=order.__getitem__)
+    last = max([*inputs, *gm.graph.find_nodes(op="placeholder")], key=order.__getitem__)
     place = last.next
     # Users of outputs that stand before the last input (they do not lead to it, or the group were no partition).
     late: set[Node] = set()

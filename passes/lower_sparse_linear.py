@@ -43,7 +43,7 @@ def _operands(node: Node) -> tuple[Choice, Tensor | None, Tensor | None]:
         if node.kwargs:
             return Choice(False, "a scaled product", False), None, None
         bias = constant(node.args[0])
-        if bias is None or bias.dim() != 1:
+        if bias is None or bias.shape != node.meta["val"].shape[1:]:
             return Choice(False, "its bias is no constant vector", False), None, None
     matrix = constant(node.args[-1])
     if matrix is None or node.args[-2].meta["val"].dim() != 2:  # type: ignore[union-attr]
@@ -95,7 +95,8 @@ def _vector(add: Node, summand: Node, weight: Tensor) -> Tensor | None:
     if add.kwargs:
         return None
     vector = next((constant(other) for other in add.args if other is not summand), None)
-    return vector if vector is not None and vector.shape == weight.shape[:1] else None
+    is_bias = vector is not None and vector.shape == weight.shape[:1] and vector.dtype == weight.dtype
+    return vector if is_bias else None
 
 
 def _drop_views_that_cancel(gm: GraphModule) -> None:

@@ -1,0 +1,121 @@
+"""Inference graphs of small models, and what is checked of every pass over them."""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from kernels.compare import assert_close
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
+
+from autosparse_fx._compat import inference_graph
+from autosparse_fx.inference import module_state, with_constants
+from autosparse_fx.kernels.choice import CHOICE, Choice
+from autosparse_fx.pipeline import run_passes
+
+aten = torch.ops.aten
+CONVOLUTION = aten.convolution.default
+PROGRAM = torch.ops.autosparse.run_program.default
+SPARSE_CONV = torch.ops.autosparse.sparse_conv.default
+SPARSE_LINEAR = torch.ops.autosparse.sparse_linear.default
+
+
+def prune(model: nn.Module, sparsity: float = 0.9) -> nn.Module:
+    """Zero so many weights of every convolution and product, at random; normalisations get statistics of some kind."""
+    with torch.no_grad():
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() > 1:
+                    parameter.mul_(torch.rand_like(parameter.float()) >= sparsity).mul_((1 - sparsity) ** -0.5)
+                elif isinstance(module, nn.modules.batchnorm._BatchNorm) and name == "weight":
+                    parameter.uniform_(0.5, 1.5)
+                else:
+                    parameter.normal_(0, 0.3)
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
+                module.running_mean.normal_(0, 0.3)
+                module.running_var.uniform_(0.5, 1.5)
+    return model
+
+
+class Function(nn.Module):
+    """Some layers by name, and how they are called."""
+
+    def __init__(self, forward: Callable[..., Any], **layers: nn.Module) -> None:
+        super().__init__()
+        self.function = forward
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.function(self, *inputs)
+
+
+class Captured:
+    """The ATen graph of a model in evaluation whose weights are constants."""
+
+    def __init__(self, model: nn.Module, *inputs: Tensor, train: bool = False) -> None:
+        self.model, self.inputs = model.train(train), inputs
+        self.graphs: list[GraphModule | None] = []
+        with torch.no_grad():
+            torch.compile(model, backend=self._capture, fullgraph=True)(*inputs)
+
+    def _capture(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        graph = inference_graph(gm, example_inputs)
+        self.graphs.append(graph and with_constants(graph, module_state(gm)))
+        return gm.forward
+
+    @property
+    def gm(self) -> GraphModule:
+        (graph,) = self.graphs
+        assert graph is not None
+        return graph
+
+    def apply(self, *passes: Callable[[GraphModule], int]) -> int:
+        """Run passes; see that the graph computes the same, and that the last changes nothing when run again.
+
+        Returns:
+            The number of changes that the last one made.
+        """
+        changes = list(run_passes(self.gm, passes, "inference").values())[-1]
+        self.check()
+        code, buffers = self.gm.code, dict(self.gm.named_buffers())
+        assert run_passes(self.gm, passes[-1:], "inference") == {passes[-1].__name__: 0}
+        assert self.gm.code == code
+        assert {n: id(b) for n, b in self.gm.named_buffers()} == {n: id(b) for n, b in buffers.items()}
+        return changes
+
+    def check(self) -> None:
+        self.gm.graph.lint()
+        used = {str(node.target) for node in self.gm.graph.nodes if node.op == "get_attr"}
+        assert {name for name, _ in self.gm.named_buffers()} <= used
+        floats = [p.dtype for p in self.model.parameters()]
+        wide = copy.deepcopy(self.model)
+        tolerance = 1e-5
+        if torch.bfloat16 not in floats:
+            wide, inputs = wide.double(), [x.double() if x.is_floating_point() else x for x in self.inputs]
+        else:
+            inputs, tolerance = list(self.inputs), 2e-2
+        with torch.no_grad():
+            expected = [y for y in tree_leaves(wide(*inputs)) if isinstance(y, Tensor)]
+            found = self.gm(*self.inputs)
+        assert len(found) == len(expected)
+        outputs = self.gm.graph.output_node().args[0]
+        for y, wanted, node in zip(found, expected, outputs, strict=True):
+            assert_close(y, wanted, tolerance)
+            assert tuple(node.meta["val"].shape) == tuple(y.shape)
+            assert node.meta["val"].dtype == y.dtype
+
+    def nodes(self, target: object) -> list[Node]:
+        return list(self.gm.graph.find_nodes(op="call_function", target=target))
+
+    def count(self, target: object) -> int:
+        return len(self.nodes(target))
+
+    def choices(self) -> list[Choice]:
+        return [node.meta[CHOICE] for node in self.gm.graph.nodes if CHOICE in node.meta]
+
+    def reasons(self) -> list[str]:
+        """Why layers stayed dense."""
+        return [choice.reason for choice in self.choices() if not choice.is_sparse]

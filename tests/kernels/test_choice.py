@@ -1,0 +1,45 @@
+"""choose: which layers run sparse by the estimate, and what is said about it."""
+
+import pytest
+
+from autosparse_fx.kernels.choice import Choice, choose
+
+
+def of(sparsity: float, *, rows: int = 256, depth: int = 2304, columns: int = 196, is_plain: bool = False) -> Choice:
+    entries = round((1 - sparsity) * rows * depth)
+    channels = depth if is_plain else depth // 9
+    return choose(entries=entries, rows=rows, depth=depth, channels=channels, columns=columns, is_plain=is_plain)
+
+
+@pytest.mark.parametrize("is_plain", [False, True])
+def test_dense_weight_stays_and_a_very_sparse_one_does_not(is_plain: bool) -> None:
+    assert not of(0.0, is_plain=is_plain).is_sparse
+    assert of(0.9, is_plain=is_plain).is_sparse
+    assert of(1.0, is_plain=is_plain).is_sparse
+
+
+@pytest.mark.parametrize("columns", [16, 49, 196, 3136])
+@pytest.mark.parametrize("is_plain", [False, True])
+def test_more_zeros_never_make_a_layer_dense(is_plain: bool, columns: int) -> None:
+    chosen = [of(n / 20, is_plain=is_plain, columns=columns).is_sparse for n in range(21)]
+    assert chosen == sorted(chosen)
+
+
+def test_small_layers_stay_however_many_zeros_there_are() -> None:
+    choice = of(1.0, rows=4, depth=9, columns=49)
+    assert not choice.is_sparse and "too small" in choice.reason
+
+
+def test_reason_says_what_is_gained() -> None:
+    assert "estimated" in of(0.9).reason and "x" in of(0.9).reason
+    gain = [float(of(s).reason.split("estimated ")[1].split("x")[0]) for s in (0.0, 0.5, 0.9, 0.95)]
+    assert gain == sorted(gain) and gain[0] < 1 < gain[-1]
+
+
+@pytest.mark.parametrize("arguments", [
+    {"entries": 0, "rows": 0, "depth": 0, "channels": 0, "columns": 0, "is_plain": True},
+    {"entries": 0, "rows": 8, "depth": 8, "channels": 8, "columns": 0, "is_plain": True},
+    {"entries": 0, "rows": 1, "depth": 1, "channels": 1, "columns": 1, "is_plain": False},
+])  # fmt: skip
+def test_layers_of_nothing(arguments: dict[str, int]) -> None:
+    assert not choose(**arguments).is_sparse  # type: ignore[arg-type]

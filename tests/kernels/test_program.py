@@ -1,0 +1,435 @@
+"""Programs: every kind of layer, by itself and in a row, against dense PyTorch in float64.
+
+All runs have NaNs around their inputs and in the memory that threads keep, and guards around their outputs.
+"""
+
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from kernels.compare import ACTIVATIONS, Net, assert_close, machine, poison, random_net, run_guarded, sparse, threads
+from torch import Tensor
+
+from autosparse_fx.kernels.program import Buffer, Step, Window, assemble
+
+WINDOW_MODES = ["grid", "gathered", "planes"]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> None:
+    poison()
+
+
+def one_layer(channels: int, size: int | tuple[int, int], rows: int, *args: object, **kwargs: object) -> Net:
+    net = Net()
+    net.layer(net.input(channels, size), rows, *args, **kwargs)  # type: ignore[arg-type]
+    return net
+
+
+# One layer.
+
+
+@pytest.mark.parametrize("size", [1, 2, (1, 17), 7, (9, 13), 16, 23])
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_plain(size: int | tuple[int, int], batch: int) -> None:
+    one_layer(37, size, 19).check([1], batch)
+
+
+@pytest.mark.parametrize("mode", WINDOW_MODES)
+@pytest.mark.parametrize("kernel", [1, 2, 3, (1, 5), (5, 1), (3, 4), 7])
+@pytest.mark.parametrize("stride", [1, 2, 3, (1, 2), (3, 1)])
+def test_kernel_and_stride(kernel: int | tuple[int, int], stride: int | tuple[int, int], mode: str) -> None:
+    one_layer(5, (13, 17), 7, kernel, stride=stride, padding=1, mode=mode).check([1])
+
+
+@pytest.mark.parametrize("mode", WINDOW_MODES)
+@pytest.mark.parametrize("padding", [0, 1, 4, (0, 3), (6, 0)])
+@pytest.mark.parametrize("dilation", [1, 2, 3, (1, 4), (4, 1)])
+def test_padding_and_dilation(padding: int | tuple[int, int], dilation: int | tuple[int, int], mode: str) -> None:
+    one_layer(3, (11, 10), 9, 3, padding=padding, dilation=dilation, mode=mode, stride=2).check([1])
+
+
+@pytest.mark.parametrize("mode", WINDOW_MODES)
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (2, 3), (5, 31), (40, 3)])
+def test_image_smaller_than_its_padding_and_odd_ones(size: tuple[int, int], mode: str) -> None:
+    one_layer(4, size, 6, 3, padding=5, mode=mode).check([1], 3)
+    one_layer(4, size, 6, 3, padding=2, stride=4, mode=mode).check([1], 3)
+
+
+@pytest.mark.parametrize("mode", WINDOW_MODES)
+def test_taps_that_see_nothing_but_padding(mode: str) -> None:
+    one_layer(4, 2, 6, 3, padding=9, dilation=7, mode=mode).check([1])
+
+
+@pytest.mark.parametrize("mode", ["", *WINDOW_MODES])
+@pytest.mark.parametrize("groups", [2, 4, 12])
+@pytest.mark.parametrize("multiplier", [1, 3])
+def test_groups(groups: int, multiplier: int, mode: str) -> None:
+    one_layer(12, (9, 11), 12 * multiplier, 3, padding=1, groups=groups, density=0.6, mode=mode).check([1], 3)
+    one_layer(12, (30, 31), 12 * multiplier, 3, padding=1, groups=groups, stride=2, mode=mode).check([1], 1)
+
+
+@pytest.mark.parametrize("groups", [2, 12])
+def test_grouped_plain(groups: int) -> None:
+    one_layer(12, (9, 11), 24, groups=groups).check([1])
+
+
+@pytest.mark.parametrize("mode", ["plain", *WINDOW_MODES])
+@pytest.mark.parametrize("vectors", range(1, 9))
+def test_width_of_tiles(vectors: int, mode: str) -> None:
+    one_layer(6, (13, 11), 10, 1 if mode == "plain" else 3, vectors=vectors, mode=mode).check([1])
+
+
+@pytest.mark.parametrize("mode", ["plain", *WINDOW_MODES])
+@pytest.mark.parametrize("block_channels", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_blocks_of_channels(block_channels: int, groups: int, mode: str) -> None:
+    kernel = 1 if mode == "plain" else 3
+    net = one_layer(14, (13, 17), 10, kernel, block_channels=block_channels, groups=groups, mode=mode, vectors=2)
+    net.check([1])
+
+
+@pytest.mark.parametrize("rows", [95, 96, 130])  # around where packing a row per tap begins
+def test_default_mode_by_rows(rows: int) -> None:
+    one_layer(20, 14, rows, 3, padding=1).check([1])
+
+
+def test_default_blocks_of_a_layer_that_needs_several() -> None:
+    one_layer(300, 14, 40, 3, padding=1, density=0.05).check([1], 1)
+    one_layer(700, 14, 40, density=0.05).check([1], 1)
+
+
+@pytest.mark.parametrize("mode", ["plain", *WINDOW_MODES])
+@pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation(activation: str, with_residual: bool, mode: str) -> None:
+    net = Net()
+    x = net.input(8, (7, 9))
+    residual = net.input(12, (7, 9)) if with_residual else -1
+    kernel, padding = (1, 0) if mode == "plain" else (3, 1)
+    y = net.layer(x, 12, kernel, padding=padding, residual=residual, activation=activation, mode=mode)
+    net.check([y])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation_of_large_and_tiny_numbers(activation: str) -> None:
+    net = one_layer(1, (1, 21), 1, weight=torch.ones(1, 1, 1, 1), activation=activation)
+    object.__setattr__(net.steps[0], "bias", torch.zeros(1))
+    x = torch.tensor([0.0, 1e-30, 1e-6, 1e-3, 0.1, 1, 5, 20, 88, 100, 3e4])
+    x = torch.cat([-x.flip(0)[:-1], x]).view(1, 1, 1, 21)
+    (found,), (expected,) = net.run([x], [1]), net.expected([x], [1])
+    error = (found.double() - expected).abs() / expected.abs().clamp(min=1)
+    assert error.max() < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["plain", *WINDOW_MODES])
+@pytest.mark.parametrize("density", [0.0, 1.0], ids=["all zero", "dense"])
+def test_zero_and_dense_weight(density: float, mode: str) -> None:
+    net = one_layer(40, (7, 9), 30, 1 if mode == "plain" else 3, density=density, mode=mode)
+    (y,) = net.check([1])
+    if density == 0:
+        assert torch.equal(y, net.steps[0].bias.view(1, -1, 1, 1).expand_as(y))
+
+
+@pytest.mark.parametrize("mode", ["plain", *WINDOW_MODES])
+def test_rows_and_channels_that_are_zero(mode: str) -> None:
+    kernel = 1 if mode == "plain" else 3
+    weight = sparse(20, 16, kernel, kernel, density=0.5)
+    weight[[0, 1, 7, 19]] = 0
+    weight[:, [0, 8, 15]] = 0
+    one_layer(16, 9, 20, kernel, weight=weight, mode=mode, block_channels=4).check([1])
+
+
+def test_channels_that_no_weight_reads_may_hold_anything() -> None:
+    weight = sparse(6, 4, 3, 3, density=0.5)
+    weight[:, 2] = 0
+    net = one_layer(4, 6, 6, 3, weight=weight, padding=1)
+    x = torch.randn(2, 4, 6, 6)
+    expected = net.expected([x], [1])[0]
+    x[:, 2] = torch.nan
+    assert_close(net.run([x], [1])[0], expected)
+
+
+# Several layers.
+
+
+def test_chain_of_plain_layers_behind_a_window() -> None:
+    net = Net()
+    x = net.input(24, 14)
+    wide = net.layer(x, 128, 3, padding=1, activation="relu")
+    middle = net.layer(wide, 32, activation="gelu")
+    end = net.layer(net.layer(middle, 64), 16, activation="relu")
+    net.check([end], 3)
+
+
+def test_residual_that_is_read_late() -> None:
+    """Whatever takes the place of a buffer in the arena must wait until its last reader is through."""
+    net = Net()
+    first = net.layer(net.input(16, (9, 7)), 16, 3, padding=1)
+    x = first
+    for _ in range(6):
+        x = net.layer(x, 16, 3, padding=1, activation="silu")
+    net.check([net.layer(x, 16, residual=first)], 3)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_bottlenecks(kernel: int) -> None:
+    net = Net()
+    x = net.layer(net.input(3, 28), 32, 7, stride=2, padding=3, activation="relu", density=0.7)
+    for number in range(4):
+        y = net.layer(x, 8, activation="relu")
+        y = net.layer(y, 8, kernel, padding=kernel // 2, activation="relu", groups=2 if number % 2 else 1, density=0.5)
+        x = net.layer(y, 32, residual=x, activation="relu")
+    net.check([x], 3)
+
+
+def test_inverted_residuals() -> None:
+    net = Net()
+    x = net.input(16, (15, 13))
+    for stride in (1, 2, 1):
+        y = net.layer(x, 48, activation="clamp")
+        y = net.layer(y, 48, 3, stride=stride, padding=1, groups=48, density=1.0, activation="clamp")
+        x = net.layer(y, 16, residual=x if stride == 1 else -1)
+    net.check([x], 2)
+
+
+@pytest.mark.parametrize("mode", WINDOW_MODES)
+def test_target_that_windows_and_plain_layers_read(mode: str) -> None:
+    net = Net()
+    shared = net.layer(net.input(10, (9, 11)), 24)
+    plain = net.layer(shared, 24)
+    window = net.layer(shared, 24, 3, padding=1, mode=mode, residual=plain)
+    net.check([net.layer(window, 5, residual=-1), net.layer(window, 24, residual=shared)])
+
+
+def test_outputs_that_are_read_by_later_steps() -> None:
+    net = Net()
+    a = net.layer(net.input(12, (7, 9)), 20, activation="relu")
+    b = net.layer(a, 20, 3, padding=1)
+    c = net.layer(b, 20, residual=a)
+    net.check([a, b, c])
+    net.check([c, a])
+    net.check([b, c], 1)
+
+
+def test_several_inputs_of_different_sizes() -> None:
+    net = Net()
+    x, y, z = net.input(7, (9, 8)), net.input(11, (9, 8)), net.input(5, 3)
+    a = net.layer(x, 11, residual=y)
+    net.check([net.layer(a, 4, 3), net.layer(z, 9), net.layer(y, 3, residual=-1)], 3)
+
+
+def test_step_whose_source_is_its_residual() -> None:
+    net = Net()
+    a = net.layer(net.input(12, (5, 6)), 16)
+    b = net.layer(a, 16, residual=a, activation="relu")
+    net.check([net.layer(b, 16, residual=b)])
+
+
+def test_input_that_is_source_and_residual() -> None:
+    net = Net()
+    x = net.input(12, (5, 6))
+    net.check([net.layer(x, 12, residual=x)], channels_last=True)
+
+
+def test_tiles_of_different_widths_in_a_row() -> None:
+    net = Net()
+    x = net.input(12, (13, 11))
+    for vectors in (2, 2, 3, 1, 1, 8):
+        x = net.layer(x, 14, vectors=vectors, activation="relu")
+    net.check([x])
+
+
+def test_arena_is_shared_by_buffers_that_do_not_live_at_one_time() -> None:
+    def arena_bytes(layers: int) -> int:
+        net = Net()
+        x = net.input(16, 32)
+        for _ in range(layers):
+            x = net.layer(x, 16, 3, padding=1)
+        header = net.assemble([x]).data[:48].view(torch.int64)
+        return int(header[3])
+
+    assert arena_bytes(4) == arena_bytes(9) < 3 * (4 * 16 * 1024 + 4096 + 64)
+
+
+# Layout of inputs.
+
+
+@pytest.mark.parametrize("size", [1, (1, 7), (9, 11), 16])
+@pytest.mark.parametrize("channels", [1, 5, 16, 37])
+def test_channels_last_input(size: int | tuple[int, int], channels: int) -> None:
+    net = one_layer(channels, size, 9)
+    assert net.assemble([1]).any_layout == [0]
+    net.check([1], 3, channels_last=True)
+
+
+def test_inputs_that_windows_or_residuals_read_must_be_contiguous() -> None:
+    net = Net()
+    x, y, z = net.input(6, 5), net.input(6, 5), net.input(6, 5)
+    a = net.layer(x, 6, 3, padding=1)
+    b = net.layer(y, 6, residual=z)
+    c = net.layer(z, 6)
+    assert net.assemble([a, b, c]).any_layout == [1]
+    net.check([a, b, c], channels_last=True)
+
+
+# Tokens.
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 15, 16, 17, 63, 127, 128, 129, 197, 300, 500])
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_tokens(number: int, count: int) -> None:
+    net = Net(is_tokens=True)
+    x = net.input(37)
+    for rows in (50, 33, 21)[:number]:
+        x = net.layer(x, rows, activation="gelu")
+    net.check([x], count)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation_of_tokens(activation: str) -> None:
+    net = Net(is_tokens=True)
+    net.check([net.layer(net.input(19), 23, activation=activation)], 70)
+
+
+@pytest.mark.parametrize("count", [1, 40, 300])
+def test_products_of_the_same_tokens(count: int) -> None:
+    net = Net(is_tokens=True)
+    x = net.input(24)
+    heads = [net.layer(x, rows) for rows in (24, 24, 31)]
+    net.check([*heads, net.layer(heads[0], 7), net.layer(x, 1)], count)
+
+
+def test_tokens_in_blocks() -> None:
+    net = Net(is_tokens=True)
+    x = net.layer(net.input(700), 300, density=0.05, activation="relu")
+    net.check([net.layer(x, 40, density=0.05)], 150)
+    net = Net(is_tokens=True)
+    net.check([net.layer(net.input(40), 30, block_channels=7)], 150)
+
+
+@pytest.mark.parametrize("density", [0.0, 1.0])
+def test_tokens_with_zero_and_dense_weight(density: float) -> None:
+    net = Net(is_tokens=True)
+    net.check([net.layer(net.layer(net.input(20), 30, density=density), 9, density=density)], 33)
+
+
+@pytest.mark.parametrize("vectors", [1, 3, 8])
+def test_tokens_in_narrow_tiles(vectors: int) -> None:
+    net = Net(is_tokens=True)
+    net.check([net.layer(net.input(20), 30, vectors=vectors)], 150)
+    net = Net(is_tokens=True)
+    a = net.layer(net.input(20), 30, vectors=vectors)
+    b, c = net.layer(a, 12, vectors=vectors), net.layer(a, 9, vectors=vectors)
+    net.check([c, net.layer(b, 7, vectors=vectors)], 150)
+
+
+@pytest.mark.parametrize("is_tokens", [False, True], ids=["images", "tokens"])
+def test_batch_of_none(is_tokens: bool) -> None:
+    net = Net(is_tokens=is_tokens)
+    y = net.layer(net.layer(net.input(20), 30), 4)
+    (found,) = net.run(net.random_inputs(0), [y])
+    assert found.shape[:2] == (0, 4)
+
+
+# Threads.
+
+
+def resnet_like() -> tuple[Net, list[int]]:
+    net = Net()
+    x = net.layer(net.input(3, 29), 24, 3, stride=2, padding=1, activation="relu", density=0.6)
+    for groups in (1, 4, 12):
+        y = net.layer(net.layer(x, 12, activation="relu"), 12, 3, padding=1, groups=groups, density=0.5)
+        x = net.layer(y, 24, residual=x, activation="relu")
+    return net, [x, net.layer(net.layer(x, 120, 3, stride=2), 5)]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 5])
+def test_thread_counts_agree_and_runs_are_equal_to_the_last_bit(batch: int) -> None:
+    net, outputs = resnet_like()
+    inputs = net.random_inputs(batch)
+    with threads(1):
+        alone = net.run(inputs, outputs)
+    for y, expected in zip(alone, net.expected(inputs, outputs), strict=True):
+        assert_close(y, expected)
+    for count in (2, 3):
+        with threads(count):
+            poison()
+            first, *others = [net.run(inputs, outputs) for _ in range(4)]
+        for y, expected in zip(first, alone, strict=True):
+            assert_close(y, expected, 1e-6)
+        assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("count", [1, 16, 17, 33, 130, 300])
+def test_thread_counts_agree_on_tokens(count: int) -> None:
+    net = Net(is_tokens=True)
+    outputs = [net.layer(net.layer(net.input(37), 50, activation="gelu"), 21)]
+    inputs = net.random_inputs(count)
+    expected = net.expected(inputs, outputs)[0]
+    for number in (1, 2, 3):
+        with threads(number):
+            poison()
+            (first,), (second,) = net.run(inputs, outputs), net.run(inputs, outputs)
+        assert torch.equal(first, second)
+        assert_close(first, expected, 2e-6)
+
+
+def test_python_threads_run_one_program_at_once() -> None:
+    net, outputs = resnet_like()
+    program = net.assemble(outputs)
+    batches = [net.random_inputs(batch) for batch in (1, 2, 3, 4)]
+    expected = [net.expected(inputs, outputs) for inputs in batches]
+    ready = threading.Barrier(len(batches))
+
+    def work(inputs: list[Tensor], wanted: list[Tensor]) -> None:
+        ready.wait()
+        for _ in range(10):
+            found = run_guarded(program, inputs, [y.shape for y in wanted])
+            for y, other in zip(found, wanted, strict=True):
+                assert_close(y, other)
+
+    with ThreadPoolExecutor(len(batches)) as pool:
+        list(pool.map(work, batches, expected))
+
+
+def test_program_that_grew_takes_more_memory() -> None:
+    """The memory that a thread keeps is that of the largest program so far."""
+
+    def work() -> None:
+        for size in (3, 60, 5, 90):
+            net = Net()
+            x = net.layer(net.input(8, size), 8, 3, padding=1)
+            net.check([net.layer(x, 8, 3, padding=1)], 1)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(work).result()
+
+
+# Whatever comes.
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_programs(seed: int) -> None:
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    net, outputs = random_net(rng)
+    with threads(rng.randint(1, 3)):
+        poison()
+        net.check(outputs, rng.randint(1, 5), channels_last=rng.random() < 0.5)
+
+
+def test_assembling_twice_gives_the_same_bytes() -> None:
+    net, outputs = resnet_like()
+    assert torch.equal(net.assemble(outputs).data, net.assemble(outputs).data)
+
+
+def test_zeros_take_no_room() -> None:
+    """Packed, a sparse weight is smaller than the dense one."""
+    torch.manual_seed(0)
+    for density, share in ((0.2, 0.45), (0.1, 0.25)):
+        step = Step(0, 1, sparse(256, 256, 1, 1, density=density), torch.zeros(256), Window((14, 14), (14, 14)))
+        buffers = [Buffer("input", 256, 196), Buffer("output", 256, 196)]
+        assert assemble([step], buffers, machine()).data.numel() < share * 4 * 256 * 256
