@@ -17,7 +17,11 @@ from autosparse_fx.passes import INFERENCE_PASSES, fuse_sparse_programs
 from autosparse_fx.passes.constants import constant_name
 
 aten = torch.ops.aten
-_WEIGHT: dict[Any, int] = {aten.convolution.default: 1, aten.mm.default: 1, aten.addmm.default: 2}  # where the weight stands
+_WEIGHT: dict[Any, int] = {
+    aten.convolution.default: 1,
+    aten.mm.default: 1,
+    aten.addmm.default: 2,
+}  # where the weight stands
 _NAME = "autosparse_weight_name"
 
 

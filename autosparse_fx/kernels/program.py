@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 # For the packed channels of a tile. Taps of a grid are not aligned, which costs more from the second-level cache.
-CACHE_BYTES = {"plain": 64 * 1024, "direct": 64 * 1024, "gathered": 64 * 1024, "grid": 32 * 1024, "planes": 0}
+CACHE_BYTES = {"grid": 32 * 1024, "planes": 0} | dict.fromkeys(("plain", "direct", "gathered", "strided"), 64 * 1024)
 GATHER_ROWS = 96  # of a weight, from which packing a row per tap pays
-MODES = ("plain", "direct", "grid", "gathered", "planes")
+MODES = ("plain", "direct", "grid", "gathered", "planes", "strided")
 ACTIVATIONS = ("none", "relu", "clamp", "gelu", "gelu_tanh", "silu", "hardswish", "sigmoid")
 BUFFER_KINDS = ("arena", "input", "output")
 _ALIGNMENT = 64
@@ -174,6 +174,8 @@ class _StepWriter:
             return "plain"
         if self.step.groups > 1:
             return "planes"
+        if self.kernel == (1, 1) and window.padding == (0, 0):
+            return "strided"
         return "gathered" if self.rows >= GATHER_ROWS else "grid"
 
     def write(self, blob: _Blob, chain: int) -> list[int | float]:
@@ -278,7 +280,7 @@ def assemble(steps: Sequence[Step], buffers: Sequence[Buffer], machine: Machine,
     writers = [_StepWriter(step, machine, chunk) for step in steps]
     tiled = _tiled_buffers(writers, buffers)
     for writer in writers:
-        if writer.step.source in tiled:
+        if writer.mode == "plain" and writer.step.source in tiled:
             writer.read_tiles()
     chains = _chains(writers)
     local = _local_buffers(steps, chains)
@@ -304,7 +306,7 @@ def _eight_bytes(number: int | float) -> bytes:
 
 
 def _read_in_any_layout(writers: Sequence[_StepWriter], buffers: Sequence[Buffer]) -> list[int]:
-    strict = {w.step.source for w in writers if w.mode != "plain"} | {w.step.residual for w in writers}
+    strict = {w.step.source for w in writers if w.mode not in ("plain", "strided")} | {w.step.residual for w in writers}
     return [b.index for number, b in enumerate(buffers) if b.kind == "input" and number not in strict]
 
 
@@ -316,7 +318,8 @@ def _tiled_buffers(writers: Sequence[_StepWriter], buffers: Sequence[Buffer]) ->
     uses: dict[int, set[tuple[int, bool]]] = {}
     for writer in writers:
         step, width = writer.step, writer.width
-        uses.setdefault(step.source, set()).add((width, writer.mode == "plain"))
+        if writer.mode != "strided":
+            uses.setdefault(step.source, set()).add((width, writer.mode == "plain"))
         for number in (step.target, step.residual):
             uses.setdefault(number, set()).add((width, writer.mode not in ("grid", "planes")))
     return {

@@ -64,6 +64,7 @@ enum Mode : int64_t {
   GRID,
   GATHERED,
   PLANES,  // of groups: like GRID, but the whole planes of a group's channels, for all of its columns
+  STRIDED,  // 1x1, without padding: columns are picked one by one, from whatever layout the source has
 };
 
 enum Activation : int64_t { NONE, RELU, CLAMP, GELU, GELU_TANH, SILU, HARDSWISH, SIGMOID };
@@ -336,6 +337,16 @@ void gather(const Step& s, const char* data, const float* planes, const Copies& 
   }
 }
 
+// Where the columns that a tile of a strided 1x1 layer reads lie in the source, in floats.
+void pick_columns(const Step& s, const Place& x, Tile t, int64_t* positions) {
+  for (int64_t i = 0; i < t.columns; ++i) {
+    int64_t y = (t.column0 + i) / s.out_width, q = (t.column0 + i) % s.out_width;
+    int64_t column = s.stride_y * y * s.in_width + s.stride_x * q;
+    positions[i] = x.tile_step == 0 ? column * x.column_stride
+                                    : column / x.row_stride * (x.tile_step + x.row_stride) + column % x.row_stride;
+  }
+}
+
 // Packs the channels of a block for a tile, and returns where the tile starts in it.
 const char* pack(const Step& s, const Block& b, const char* data, const Place& x, float* packed, float* planes, Tile t,
                  const Copies& copies) {
@@ -351,6 +362,16 @@ const char* pack(const Step& s, const Block& b, const char* data, const Place& x
       int64_t i = 0;
       for (; i + VL <= t.columns; i += VL) Vec::loadu(src + i).store(dst + i);
       if (i < t.columns) Vec::loadu(src + i, int(t.columns - i)).store(dst + i);
+    }
+    return reinterpret_cast<const char*>(packed);
+  }
+  if (s.mode == STRIDED) {
+    int64_t positions[MAX_NV * VL];
+    pick_columns(s, x, t, positions);
+    for (int64_t c = b.channel0; c < b.channel1; ++c) {
+      const float* src = x.data + c * x.row_stride;
+      float* dst = packed + (c - b.channel0) * s.channel_stride;
+      for (int64_t i = 0; i < t.columns; ++i) dst[i] = src[positions[i]];
     }
     return reinterpret_cast<const char*>(packed);
   }
@@ -439,7 +460,8 @@ void run_part(const Step& s, const char* data, const Places& at, int64_t columns
   };
   Tile t{tile * width, std::min(width, columns - tile * width), cut(piece), cut(piece + 1)};
   if (t.row0 == t.row1) return;
-  run_tile(s, data, at.source.in_tile(tile), at.target.in_tile(tile), at.residual.in_tile(tile), t);
+  const Place source = s.mode == STRIDED ? at.source : at.source.in_tile(tile);
+  run_tile(s, data, source, at.target.in_tile(tile), at.residual.in_tile(tile), t);
 }
 
 }  // namespace
