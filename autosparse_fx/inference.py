@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from autosparse_fx import _compat
+from autosparse_fx.kernels.choice import CHOICE
 from autosparse_fx.passes import INFERENCE_PASSES
 from autosparse_fx.passes.fuse_sparse_programs import RUN_PROGRAM
 from autosparse_fx.pipeline import run_passes
@@ -117,6 +119,8 @@ class FrozenGraph:
         run_passes(graph, INFERENCE_PASSES, "inference")
         programs = graph.graph.find_nodes(op="call_function", target=RUN_PROGRAM)
         if not programs:
+            reasons = Counter(node.meta[CHOICE].reason for node in graph.graph.nodes if CHOICE in node.meta)
+            log.info("no sparse kernels: %s", ", ".join(f"{why} ({n})" for why, n in reasons.most_common(5)))
             return False
         seconds = time.perf_counter() - start
         log.info(

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from autosparse_fx.kernels import ops  # noqa: F401  (the operators must exist)
-from autosparse_fx.kernels.choice import CHOICE, Choice, choose
+from autosparse_fx.kernels.choice import CHOICE, Choice, choose, lacking
 from autosparse_fx.passes.constants import constant, new_constant, remove_unused_constants
 from autosparse_fx.passes.epilogues import activation_of, only_user, same_shape
 
@@ -63,8 +63,8 @@ def _unsupported(node: Node) -> str:
         return "transposed"
     if value.dim() != 4:
         return f"{value.dim() - 2}-dimensional" if value.dim() > 2 else "without a batch dimension"
-    if stored.dtype != torch.float32 or value.dtype != torch.float32:
-        return f"{value.dtype} (sparse kernels compute in float32)"
+    if reason := lacking(stored, value):
+        return reason
     if not _is_static(value) or not _is_static(source.meta["val"]):  # type: ignore[union-attr]
         return "the size of its images is dynamic"
     return ""

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from autosparse_fx.kernels import ops  # noqa: F401  (the operators must exist)
-from autosparse_fx.kernels.choice import CHOICE, Choice, choose
+from autosparse_fx.kernels.choice import CHOICE, Choice, choose, lacking
 from autosparse_fx.passes.constants import constant, new_constant, remove_unused_constants
 from autosparse_fx.passes.epilogues import activation_of, only_user
 
@@ -48,8 +48,8 @@ def _operands(node: Node) -> tuple[Choice, Tensor | None, Tensor | None]:
     matrix = constant(node.args[-1])
     if matrix is None or node.args[-2].meta["val"].dim() != 2:  # type: ignore[union-attr]
         return Choice(False, "its weight is no constant", False), None, None
-    if matrix.dtype != torch.float32 or node.meta["val"].dtype != torch.float32:
-        return Choice(False, f"{matrix.dtype} (sparse kernels compute in float32)", False), None, None
+    if reason := lacking(matrix, node.meta["val"]):
+        return Choice(False, reason, False), None, None
     weight = matrix.detach().t()
     rows, channels = weight.shape
     entries = int(weight.count_nonzero())

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 # Cycles per vector of output columns, as seen on machines with AVX-512: a multiply-add of a dense kernel that runs near
 # the peak; one of a sparse kernel, whose operand comes from a cache, in a 1x1 layer or another; taking a vector of the
 # input into the packed block; and giving one of the output back. autosparse_fx.advise measures instead.
@@ -20,6 +23,14 @@ class Choice:
     is_sparse: bool
     reason: str
     is_supported: bool = True  # False where there is no sparse kernel, however many zeros there were
+
+
+def lacking(*tensors: Tensor) -> str:
+    """Why there are no sparse kernels for these tensors; empty where there are."""
+    for tensor in tensors:
+        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+            return f"{tensor.dtype} on {tensor.device.type} (sparse kernels compute in float32 on the CPU)"
+    return ""
 
 
 def choose(*, entries: int, rows: int, depth: int, channels: int, columns: int, is_plain: bool) -> Choice:
