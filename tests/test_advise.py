@@ -1,0 +1,78 @@
+"""advise: what is timed, what is not, and that nothing is left behind."""
+
+import json
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import autosparse_fx
+from autosparse_fx import advise
+from autosparse_fx.advise import Advice, LayerAdvice
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3, padding=1)
+        self.norm = nn.BatchNorm2d(16)
+        self.transposed = nn.ConvTranspose2d(16, 8, 2, stride=2)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.transposed(torch.relu(self.norm(self.conv(x))))
+        return self.fc(x.mean((2, 3)))
+
+
+def test_times_every_layer_that_has_a_sparse_kernel() -> None:
+    advice = advise(Net(), torch.randn(2, 3, 8, 8), sparsities=(0.5, 0.9))
+    assert [layer.name for layer in advice.layers] == ["conv.weight", "transposed.weight", "fc.weight"]
+    conv, transposed, fc = advice.layers
+    for layer in (conv, fc):
+        assert layer.dense_ms is not None and layer.dense_ms > 0 and set(layer.sparse_ms) == {0.5, 0.9}
+        assert layer.reason == "" and layer.speedup(0.9) == layer.dense_ms / layer.sparse_ms[0.9]
+    assert transposed.dense_ms is None and transposed.sparse_ms == {} and transposed.reason == "transposed"
+    assert transposed.speedup(0.9) is None and transposed.pays_from is None
+    text = str(advice)
+    assert "conv.weight" in text and "90%" in text and "transposed" in text and "measured on this machine" in text
+    assert json.loads(json.dumps(advice.to_dict()))["threads"] == torch.get_num_threads()
+
+
+def test_pays_from_is_where_sparse_stays_faster() -> None:
+    def layer(**milliseconds: float) -> LayerAdvice:
+        return LayerAdvice("w", (1,), 1.0, {float(k.replace("_", "0.")): v for k, v in milliseconds.items()})
+
+    assert layer(_7=2.0, _8=0.9, _9=0.5).pays_from == 0.8
+    assert layer(_7=0.9, _8=1.1, _9=0.5).pays_from == 0.9
+    assert layer(_7=2.0, _8=2.0).pays_from is None
+
+
+def test_a_layer_that_loses_stays_dense_in_the_total() -> None:
+    losing, gaining = LayerAdvice("a", (1,), 1.0, {0.9: 4.0}), LayerAdvice("b", (1,), 3.0, {0.9: 1.0})
+    assert Advice((losing, gaining), (0.9,), 1).speedup(0.9) == 4.0 / 2.0
+    assert Advice((), (0.9,), 1).speedup(0.9) is None
+
+
+def test_model_is_left_as_it_was() -> None:
+    model = Net()
+    model.norm.eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    advise(model, torch.randn(2, 3, 8, 8), sparsities=(0.9,))
+    assert [module.training for module in model.modules()] == [True, True, False, True, True]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("sparsity", [1.0, -0.1])
+def test_sparsities_out_of_range_are_refused(sparsity: float) -> None:
+    with pytest.raises(ValueError, match=r"sparsities must be in \[0, 1\)"):
+        advise(Net(), torch.randn(2, 3, 8, 8), sparsities=(sparsity,))
+
+
+def test_inputs_that_do_not_fit_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="Net could not be run on the example_inputs"):
+        advise(Net(), torch.randn(2, 5, 8, 8))
+
+
+def test_prepared_models_can_be_asked_about() -> None:
+    model = autosparse_fx.sparsify(nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8)))
+    assert isinstance(advise(model, torch.randn(4, 32), sparsities=(0.9,)), Advice)
