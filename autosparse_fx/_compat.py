@@ -7,6 +7,7 @@ import inspect
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -191,7 +192,10 @@ def compile_with_inductor(
     key = "joint_custom_post_pass"
     user_pass = patches.get(key, getattr(torch._inductor.config, key))
     patches = {**patches, key: JointPasses(user_pass, recompute_masks=recompute_masks)}
-    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
+    with warnings.catch_warnings():
+        # What Inductor's own freezing does to a graph with a dynamic batch size. 2.15.
+        warnings.filterwarnings("ignore", "Raw SymInt value", UserWarning)
+        compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
     return compiled  # type: ignore[no-any-return]
 
 
@@ -322,14 +326,19 @@ def compile_cpp(source: str) -> Any:
     return CppCodeCache.load(source)
 
 
-def inference_graph(gm: GraphModule, inputs: Sequence[Any]) -> GraphModule | None:
+def graph_inputs(gm: GraphModule) -> list[Any]:
+    """What the placeholders of a Dynamo graph were traced with: fake tensors, and symbols for sizes. 2.11-2.15."""
+    return [node.meta["example_value"] for node in gm.graph.nodes if node.op == "placeholder"]
+
+
+def inference_graph(gm: GraphModule) -> GraphModule | None:
     """The functional graph of ATen operators that AOTAutograd makes of a Dynamo graph under no_grad, not decomposed.
 
     Its placeholders are those of the Dynamo graph, in order, and so are its outputs. None where that cannot be: where
     the graph writes to an input. 2.11-2.15.
     """
     from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_compiler
-    from torch._guards import TracingContext, tracing
+    from torch._guards import TracingContext
 
     found: list[GraphModule] = []
 
@@ -338,10 +347,10 @@ def inference_graph(gm: GraphModule, inputs: Sequence[Any]) -> GraphModule | Non
         return graph.forward
 
     compiler = make_boxed_compiler(keep)
-    modes = [value.fake_mode for value in inputs if isinstance(value, FakeTensor)]
-    with tracing(TracingContext(modes[0] if modes else None)):
+    inputs = graph_inputs(gm)
+    with tracing_again(inputs):
         aot_module_simplified(
-            copy_dynamo_graph(gm), list(inputs), fw_compiler=compiler, bw_compiler=compiler, inference_compiler=compiler
+            copy_dynamo_graph(gm), inputs, fw_compiler=compiler, bw_compiler=compiler, inference_compiler=compiler
         )
         metadata = TracingContext.get().fw_metadata
     if len(found) != 1 or metadata is None or metadata.mutated_inp_runtime_indices or metadata.num_intermediate_bases:
@@ -359,9 +368,17 @@ def tensor_version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def compiling_again(inputs: Sequence[Any]) -> Any:
-    """Within it Inductor compiles a graph for the fake inputs of a compilation that is over. 2.11-2.15."""
+def tracing_again(inputs: Sequence[Any]) -> Any:
+    """Within it a graph is traced and compiled apart from any compilation, for fake inputs of one. 2.11-2.15."""
     from torch._guards import TracingContext, tracing
 
     modes = [value.fake_mode for value in inputs if isinstance(value, FakeTensor)]
     return tracing(TracingContext(modes[0] if modes else None))
+
+
+def size_hint(size: int | torch.SymInt) -> int:
+    """A size, or what a symbolic one was when its graph was captured; nothing is guarded. 2.11-2.15."""
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint
+    return int(hint) if hint is not None else 8

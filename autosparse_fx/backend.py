@@ -58,7 +58,7 @@ def autosparse(
         mark_weights(graph, parsed.request)
         run_passes(graph, DYNAMO_PASSES, "dynamo")
         if parsed.request is None and not torch.is_grad_enabled() and not any(is_mask(n) for n in _all_nodes(graph)):
-            frozen = compile_for_inference(graph, example_inputs, parsed.inductor)
+            frozen = compile_for_inference(graph, parsed.inductor)
             if frozen is not None:
                 return frozen
         call = MaskedCall(graph, parsed.request)

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from autosparse_fx import _compat
-from autosparse_fx.kernels.choice import CHOICE
+from autosparse_fx.kernels.choice import CHOICE, PROGRAM, lacking
 from autosparse_fx.passes import INFERENCE_PASSES
-from autosparse_fx.passes.fuse_sparse_programs import RUN_PROGRAM
+from autosparse_fx.passes.fuse_sparse_programs import RUN_PROGRAM, SAVED
 from autosparse_fx.pipeline import run_passes
 
 log = logging.getLogger(__name__)
@@ -29,18 +29,16 @@ _frozen: "weakref.WeakSet[FrozenGraph]" = weakref.WeakSet()
 MOST_REWRITES = 8  # of weights between calls, after which a graph goes back to kernels that read them at every call
 
 
-def compile_for_inference(
-    gm: GraphModule, example_inputs: Sequence[Any], patches: dict[str, Any]
-) -> Callable[..., Any] | None:
+def compile_for_inference(gm: GraphModule, patches: dict[str, Any]) -> Callable[..., Any] | None:
     """Compile a Dynamo graph with its weights as constants, or return None where no layer would run sparse."""
     state = module_state(gm)
     if not any(_may_run_sparse(tensor) for tensor in state.values()):
         return None
-    graph = _compat.inference_graph(gm, example_inputs)
+    graph = _compat.inference_graph(gm)
     if graph is None:
         log.info("no sparse kernels: the graph writes to its inputs")
         return None
-    frozen = FrozenGraph(graph, list(state), example_inputs, patches)
+    frozen = FrozenGraph(graph, list(state), _compat.graph_inputs(gm), patches)
     return frozen if frozen.compile_for(list(state.values())) else None
 
 
@@ -68,7 +66,7 @@ def module_state(gm: GraphModule) -> dict[int, Tensor]:
 
 
 def _may_run_sparse(tensor: Tensor) -> bool:
-    return tensor.dim() >= 2 and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+    return tensor.dim() >= 2 and not lacking(tensor)
 
 
 @dataclass(frozen=True)
@@ -122,6 +120,9 @@ class FrozenGraph:
             reasons = Counter(node.meta[CHOICE].reason for node in graph.graph.nodes if CHOICE in node.meta)
             log.info("no sparse kernels: %s", ", ".join(f"{why} ({n})" for why, n in reasons.most_common(5)))
             return False
+        if sum(node.meta[SAVED] for node in programs) < PROGRAM * len(programs):
+            log.info("no sparse kernels: %d programs would gain less than calling them costs", len(programs))
+            return False
         seconds = time.perf_counter() - start
         log.info(
             "packed the weights of a graph for %d sparse programs in %.2f s: %.1f MB of constants, %.1f MB before",
@@ -150,7 +151,7 @@ class FrozenGraph:
     def _adapt_to(self, tensors: Sequence[Tensor]) -> None:
         """Compile for weights that are new, or were written to; in the end, for weights that keep changing."""
         self._rewrites += any(compiled.is_for(tensors) for compiled in self._compiled)
-        with torch.no_grad(), _compat.compiling_again(self._example_inputs):
+        with torch.no_grad(), _compat.tracing_again(self._example_inputs):
             if self._rewrites > MOST_REWRITES:
                 log.warning("weights were written to between calls %d times: no sparse kernels any more", MOST_REWRITES)
             elif self.compile_for(tensors):

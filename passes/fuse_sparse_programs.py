@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
 from torch.fx.passes.operator_support import OperatorSupportBase
 
+from autosparse_fx.kernels.choice import CHOICE
 from autosparse_fx.kernels.library import library
 from autosparse_fx.kernels.ops import flatten_shapes
 from autosparse_fx.kernels.program import Buffer, Machine, Step, Window, assemble
@@ -17,6 +18,7 @@ from autosparse_fx.passes.constants import constant, new_constant, remove_unused
 from autosparse_fx.passes.lower_sparse_conv import SPARSE_CONV
 from autosparse_fx.passes.lower_sparse_linear import SPARSE_LINEAR
 
+SAVED = "autosparse_saved"  # where the node of a program keeps the cycles that it saves, as estimated
 RUN_PROGRAM = torch.ops.autosparse.run_program.default
 
 
@@ -117,6 +119,7 @@ def _fuse(gm: GraphModule, members: set[Node], *, is_tokens: bool) -> None:
     with gm.graph.inserting_before(place):
         call = gm.graph.call_function(RUN_PROGRAM, (program, writer.inputs, laid_out.any_layout, shapes))
         call.meta["val"] = [node.meta["val"] for node in writer.outputs]
+        call.meta[SAVED] = sum(node.meta[CHOICE].saved for node in nodes if CHOICE in node.meta)
         for number, node in enumerate(writer.outputs):
             item = gm.graph.call_function(operator.getitem, (call, number))
             item.meta["val"] = node.meta["val"]

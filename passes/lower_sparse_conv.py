@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from autosparse_fx._compat import size_hint
 from autosparse_fx.kernels import ops  # noqa: F401  (the operators must exist)
 from autosparse_fx.kernels.choice import CHOICE, Choice, choose, lacking
 from autosparse_fx.passes.constants import constant, new_constant, remove_unused_constants
@@ -50,6 +51,7 @@ def _choice(node: Node) -> Choice:
         depth=weight[0].numel(),
         channels=weight.shape[1],
         columns=math.prod(node.meta["val"].shape[2:]),
+        units=size_hint(node.meta["val"].shape[0]),
         is_plain=weight[0, 0].numel() == 1 and set(node.args[3]) == {1} and set(node.args[4]) == {0},  # type: ignore[arg-type]
     )
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from autosparse_fx._compat import size_hint
 from autosparse_fx.kernels import ops  # noqa: F401  (the operators must exist)
 from autosparse_fx.kernels.choice import CHOICE, Choice, choose, lacking
 from autosparse_fx.passes.constants import constant, new_constant, remove_unused_constants
@@ -53,9 +54,12 @@ def _operands(node: Node) -> tuple[Choice, Tensor | None, Tensor | None]:
     weight = matrix.detach().t()
     rows, channels = weight.shape
     entries = int(weight.count_nonzero())
-    tokens = node.meta["val"].shape[0]
-    columns = min(tokens, COLUMNS) if isinstance(tokens, int) else COLUMNS
-    choice = choose(entries=entries, rows=rows, depth=channels, channels=channels, columns=columns, is_plain=True)
+    tokens = size_hint(node.meta["val"].shape[0])
+    columns = max(1, min(tokens, COLUMNS))
+    units = -(-tokens // columns)
+    choice = choose(
+        entries=entries, rows=rows, depth=channels, channels=channels, columns=columns, units=units, is_plain=True
+    )
     return choice, weight, bias
 
 

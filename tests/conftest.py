@@ -61,3 +61,9 @@ def verified_graphs() -> Iterator[None]:
     pipeline.checks.append(check)
     yield
     pipeline.checks.remove(check)
+
+
+@pytest.fixture(autouse=True)
+def small_graphs_run_sparse_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise only graphs run on sparse kernels that gain more than calling them costs."""
+    monkeypatch.setattr("autosparse_fx.inference.PROGRAM", 0)

@@ -10,7 +10,8 @@ from torch import Tensor
 # input into the packed block; and giving one of the output back. autosparse_fx.advise measures instead.
 DENSE, SPARSE_PLAIN, SPARSE_WINDOW, PACK, STORE = 0.55, 0.9, 1.5, 2.0, 3.0
 LANES = 16  # columns are computed in vectors of this size
-MARGIN = 0.9  # of the dense estimate, below which a layer becomes sparse
+MARGIN = 0.75  # of the dense estimate, below which a layer becomes sparse
+PROGRAM = 300_000  # cycles: what calling a program, and handing its inputs and outputs over, costs about
 WORTHWHILE = 64 * 1024  # multiply-adds of the dense layer, below which nothing is gained that could be measured
 
 CHOICE = "autosparse_choice"  # where the node of a convolution or product keeps whether it runs sparse
@@ -23,6 +24,7 @@ class Choice:
     is_sparse: bool
     reason: str
     is_supported: bool = True  # False where there is no sparse kernel, however many zeros there were
+    saved: float = 0.0  # cycles of one thread that a call saves, as estimated
 
 
 def lacking(*tensors: Tensor) -> str:
@@ -33,7 +35,9 @@ def lacking(*tensors: Tensor) -> str:
     return ""
 
 
-def choose(*, entries: int, rows: int, depth: int, channels: int, columns: int, is_plain: bool) -> Choice:
+def choose(
+    *, entries: int, rows: int, depth: int, channels: int, columns: int, units: int = 1, is_plain: bool
+) -> Choice:
     """Choose for one layer, of one image or of one chunk of tokens.
 
     Args:
@@ -41,6 +45,7 @@ def choose(*, entries: int, rows: int, depth: int, channels: int, columns: int, 
         rows, depth: of the weight as a matrix, output channels and multiply-adds per output.
         channels: of the input.
         columns: output pixels, or tokens.
+        units: images, or chunks of tokens.
         is_plain: a linear layer, or a 1x1 convolution without stride and padding.
     """
     if rows * depth * columns < WORTHWHILE:
@@ -49,4 +54,5 @@ def choose(*, entries: int, rows: int, depth: int, channels: int, columns: int, 
     sparse = entries * (SPARSE_PLAIN if is_plain else SPARSE_WINDOW) + channels * PACK + rows * STORE
     sparse *= LANES * -(-columns // LANES) / columns
     gain = f"estimated {dense / sparse:.1f}x"
-    return Choice(sparse < MARGIN * dense, gain)
+    saved = (dense - sparse) * columns / LANES * units
+    return Choice(sparse < MARGIN * dense, gain, saved=saved if sparse < MARGIN * dense else 0.0)

@@ -60,7 +60,7 @@ def layers(model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any] |
 
     def backend(gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         state = module_state(gm)
-        graph = _compat.inference_graph(gm, inputs)
+        graph = _compat.inference_graph(gm)
         if graph is not None:
             graph = with_constants(graph, state)
             by_constant = {f"constant_{number}": names.get(id(tensor), "") for number, tensor in state.items()}

@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+
 import run_sparse
 import train_image_classifier
 

@@ -62,7 +62,7 @@ class Captured:
             torch.compile(model, backend=self._capture, fullgraph=True)(*inputs)
 
     def _capture(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        graph = inference_graph(gm, example_inputs)
+        graph = inference_graph(gm)
         self.graphs.append(graph and with_constants(graph, module_state(gm)))
         return gm.forward
 
