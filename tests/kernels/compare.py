@@ -201,18 +201,20 @@ def random_net(rng: random.Random) -> tuple[Net, list[int]]:
         source = rng.choice(buffers[-3:])
         channels, size = net.sizes[source]
         plain = rng.random() < 0.5
-        kernel = (1, 1) if plain else (rng.randint(1, 5), rng.randint(1, 5))
+        kernel = (1, 1) if plain or rng.random() < 0.3 else (rng.randint(1, 5), rng.randint(1, 5))
         dilation = (1, 1) if plain else (rng.randint(1, 2), rng.randint(1, 3))
-        padding = (0, 0) if plain else (rng.randint(0, 3), rng.randint(0, 3))
+        padding = (0, 0) if plain or rng.random() < 0.3 else (rng.randint(0, 3), rng.randint(0, 3))
         if any(n + 2 * p < d * (k - 1) + 1 for n, k, p, d in zip(size, kernel, padding, dilation, strict=True)):
             kernel, padding = (1, 1), (0, 0)
         stride = (1, 1) if plain else (rng.randint(1, 3), rng.randint(1, 4))
         groups = rng.choice([g for g in (1, 2, 3, channels) if channels % g == 0])
-        rows = groups * rng.randint(1, 24 // groups + 1)
-        is_plain = kernel == (1, 1) and stride == (1, 1) and padding == (0, 0)
+        rows = channels if rng.random() < 0.5 else groups * rng.randint(1, 24 // groups + 1)
+        modes = ["grid", "gathered", "planes"]
+        if kernel == (1, 1) and padding == (0, 0):
+            modes = ["plain"] if stride == (1, 1) else [*modes, "strided", "strided"]
         others: dict[str, Any] = {
             "activation": rng.choice(list(ACTIVATIONS)),
-            "mode": rng.choice(["", "plain"] if is_plain else ["", "grid", "gathered", "planes"]),
+            "mode": rng.choice(["", *modes]),
             "vectors": rng.choice([0, 0, 0, 1, 2, 5, 8]),
             "block_channels": rng.choice([0, 0, 0, 1, 3]),
             "density": rng.choice([0.0, 0.1, 0.3, 1.0]),

@@ -170,7 +170,8 @@ def test_bottleneck_with_norms() -> None:
         return F.relu(m.n3(m.c3(y)) + m.n4(m.c4(x)))
 
     layers = {
-        "c1": conv(16, 16, 1, 0), "c2": conv(16, 16, stride=2), "c3": conv(16, 64, 1, 0), "c4": conv(16, 64, 1, 0, stride=2)
+        "c1": conv(16, 16, 1, 0), "c2": conv(16, 16, stride=2),
+        "c3": conv(16, 64, 1, 0), "c4": conv(16, 64, 1, 0, stride=2),
     }  # fmt: skip
     norms = {f"n{i}": nn.BatchNorm2d(n) for i, n in zip((1, 2, 3, 4), (16, 16, 64, 64), strict=True)}
     graph = function(forward, **layers, **norms)
