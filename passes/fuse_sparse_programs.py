@@ -73,7 +73,7 @@ class _ProgramWriter:
                 self.inputs.append(node)
             elif node in self.outputs:
                 kind, index = "output", self.outputs.index(node)
-            _, channels, *pixels = node.meta["val"].shape
+            channels, *pixels = _sizes(node)
             self.numbers[node] = len(self.buffers)
             self.buffers.append(Buffer(kind, channels, torch.Size(pixels).numel() if pixels else 0, index))
         return self.numbers[node]
@@ -101,6 +101,11 @@ class _ProgramWriter:
         )
 
 
+def _sizes(node: Node) -> list[int]:
+    """All but the batch size; where they are symbols the graph demands their values anyway."""
+    return [int(size) for size in node.meta["val"].shape[1:]]
+
+
 def _value(node: object) -> Tensor:
     value = constant(node)
     assert value is not None
@@ -115,7 +120,7 @@ def _fuse(gm: GraphModule, members: set[Node], *, is_tokens: bool) -> None:
     laid_out = assemble(writer.steps, writer.buffers, machine, is_tokens=is_tokens)
     place = _place(gm, members, writer.inputs)
     program = new_constant(gm, "sparse_program", laid_out.data, place)
-    shapes = flatten_shapes([node.meta["val"].shape[1:] for node in writer.outputs])
+    shapes = flatten_shapes([_sizes(node) for node in writer.outputs])
     with gm.graph.inserting_before(place):
         call = gm.graph.call_function(RUN_PROGRAM, (program, writer.inputs, laid_out.any_layout, shapes))
         call.meta["val"] = [node.meta["val"] for node in writer.outputs]
@@ -132,7 +137,7 @@ def _place(gm: GraphModule, members: set[Node], inputs: list[Node]) -> Node:
     """The first node behind all inputs and placeholders; what uses the outputs is moved behind it where it must be."""
     order = {node: number for number, node in enumerate(gm.graph.nodes)}
     last = max([*inputs, *gm.graph.find_nodes(op="placeholder")], key=order.__getitem__)
-    place = last.next
+    place: Node = last.next
     # Users of outputs that stand before the last input (they do not lead to it, or the group were no partition).
     late: set[Node] = set()
     for node in gm.graph.nodes:

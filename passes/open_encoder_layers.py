@@ -30,7 +30,9 @@ def open_encoder_layers(gm: GraphModule) -> int:
 
 
 def _open(gm: GraphModule, node: Node) -> None:
-    arguments = [argument.meta["val"] if isinstance(argument, Node) else argument for argument in node.args[:18]]
+    arguments: list[Any] = [
+        argument.meta["val"] if isinstance(argument, Node) else argument for argument in node.args[:18]
+    ]
     tensors = [number for number, argument in enumerate(arguments) if isinstance(argument, Tensor)]
 
     def layer(*values: Tensor) -> Tensor:
@@ -41,7 +43,7 @@ def _open(gm: GraphModule, node: Node) -> None:
 
     traced = make_fx(layer)(*(arguments[number] for number in tensors))
     placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
-    known = {inner: node.args[number] for inner, number in zip(placeholders, tensors, strict=True)}
+    known: dict[Node, Any] = {inner: node.args[number] for inner, number in zip(placeholders, tensors, strict=True)}
     with gm.graph.inserting_before(node):
         result = gm.graph.graph_copy(traced.graph, known)
     node.replace_all_uses_with(result)  # type: ignore[arg-type]

@@ -49,3 +49,13 @@ def test_masks_keep_the_fast_path() -> None:
     before = graph.count(ENCODER_LAYER)
     assert graph.apply(open_encoder_layers) == 0
     assert graph.count(ENCODER_LAYER) == before
+
+
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_any_batch_and_length(dynamic: bool | None) -> None:
+    model = prune(encoder()).eval()
+    compiled = torch.compile(model, backend="autosparse", dynamic=dynamic)
+    with torch.no_grad():
+        for batch, tokens in ((3, 17), (6, 17), (5, 9), (1, 4)):
+            x = torch.randn(batch, tokens, 32)
+            torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-5)
