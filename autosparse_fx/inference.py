@@ -71,14 +71,23 @@ def _may_run_sparse(tensor: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class _Compiled:
-    """A graph that was compiled for certain tensors, at certain versions."""
+    """What a graph became for certain tensors."""
 
     tensors: list[Callable[[], Tensor | None]]
-    versions: list[int]
+    versions: list[int] | None  # of the tensors, where they are constants of the function
     function: Callable[..., Any]
+    arguments: list[int]  # the numbers of those that the function takes
+    rewrites: int  # of the tensors, until now
+    probes: list[tuple[Any, float]]  # a NumPy view of each buffer, and its first value; see _probes
 
     def is_for(self, tensors: Sequence[Tensor]) -> bool:
         return all(ref() is tensor for ref, tensor in zip(self.tensors, tensors, strict=True))
+
+    def fits(self, tensors: Sequence[Tensor], versions: list[int]) -> bool:
+        if self.versions is None:
+            return self.is_for(tensors)
+        unchanged = self.versions == versions and all(view.item(0) == value for view, value in self.probes)
+        return unchanged and self.is_for(tensors)
 
     @property
     def is_dead(self) -> bool:
@@ -96,8 +105,7 @@ class FrozenGraph:
         self._state = list(state)
         self._rest = [number for number in range(len(example_inputs)) if number not in set(state)]
         self._compiled: list[_Compiled] = []
-        self._rewrites = 0
-        self._dense: Callable[..., Any] | None = None
+        self._dense: Callable[..., Any] | None = None  # the graph as it is, which reads its weights at every call
         self._lock = threading.RLock()
         _frozen.add(self)
 
@@ -109,56 +117,80 @@ class FrozenGraph:
             self._compiled = kept
         return dropped
 
-    def compile_for(self, tensors: Sequence[Tensor]) -> bool:
-        """Compile for these weights; return False where no layer would run sparse."""
+    def compile_for(self, tensors: Sequence[Tensor], rewrites: int = 0) -> bool:
+        """Compile for these weights as constants; return False where no layer would run sparse."""
         graph = with_constants(self._graph, dict(zip(self._state, tensors, strict=True)))
         versions = [_compat.tensor_version(tensor) for tensor in tensors]
-        dense_bytes, start = _bytes_of(graph), time.perf_counter()
-        run_passes(graph, INFERENCE_PASSES, "inference")
-        programs = graph.graph.find_nodes(op="call_function", target=RUN_PROGRAM)
-        if not programs:
-            reasons = Counter(node.meta[CHOICE].reason for node in graph.graph.nodes if CHOICE in node.meta)
-            log.info("no sparse kernels: %s", ", ".join(f"{why} ({n})" for why, n in reasons.most_common(5)))
+        if not _make_sparse(graph):
             return False
-        if sum(node.meta[SAVED] for node in programs) < PROGRAM * len(programs):
-            log.info("no sparse kernels: %d programs would gain less than calling them costs", len(programs))
-            return False
-        seconds = time.perf_counter() - start
-        log.info(
-            "packed the weights of a graph for %d sparse programs in %.2f s: %.1f MB of constants, %.1f MB before",
-            *(len(programs), seconds, _bytes_of(graph) / 1e6, dense_bytes / 1e6),
-        )
         inputs = [self._example_inputs[number] for number in self._rest]
         patches = {"freezing": True, "layout_optimization": False, **self._patches}
         function = _compat.compile_with_inductor(graph, inputs, patches)
-        refs = [_compat.weak_tensor_ref(tensor) for tensor in tensors]
-        alive = [c for c in self._compiled if not c.is_dead and not c.is_for(tensors)]
-        self._compiled = [_Compiled(refs, versions, function), *alive]
+        self._keep(tensors, versions, function, self._rest, rewrites)
         return True
 
+    def _keep(
+        self,
+        tensors: Sequence[Tensor],
+        versions: list[int] | None,
+        function: Callable[..., Any],
+        arguments: Sequence[int],
+        rewrites: int,
+    ) -> None:
+        refs = [_compat.weak_tensor_ref(tensor) for tensor in tensors]
+        others = [c for c in self._compiled if not c.is_dead and not c.is_for(tensors)]
+        probes = [] if versions is None else _probes(tensors)
+        self._compiled = [_Compiled(refs, versions, function, list(arguments), rewrites, probes), *others]
+
     def __call__(self, *args: Any) -> Any:
-        if self._dense is not None:
-            return self._dense(*args)
         tensors = [args[number] for number in self._state]
         versions = [_compat.tensor_version(tensor) for tensor in tensors]
         for compiled in self._compiled:
-            if compiled.versions == versions and compiled.is_for(tensors):
-                return compiled.function(*[args[number] for number in self._rest])
+            if compiled.fits(tensors, versions):
+                return compiled.function(*[args[number] for number in compiled.arguments])
         with self._lock:
-            self._adapt_to(tensors)
+            if not any(compiled.fits(tensors, versions) for compiled in self._compiled):  # by another thread
+                self._adapt_to(tensors)
         return self(*args)
 
     def _adapt_to(self, tensors: Sequence[Tensor]) -> None:
         """Compile for weights that are new, or were written to; in the end, for weights that keep changing."""
-        self._rewrites += any(compiled.is_for(tensors) for compiled in self._compiled)
+        rewrites = next((c.rewrites + 1 for c in self._compiled if c.is_for(tensors)), 0)
         with torch.no_grad(), _compat.tracing_again(self._example_inputs):
-            if self._rewrites > MOST_REWRITES:
+            if rewrites > MOST_REWRITES:
                 log.warning("weights were written to between calls %d times: no sparse kernels any more", MOST_REWRITES)
-            elif self.compile_for(tensors):
+            elif self.compile_for(tensors, rewrites):
                 return
-            self._dense = _compat.compile_with_inductor(
-                _compat.copy_graph_module(self._graph), self._example_inputs, self._patches
-            )
+            if self._dense is None:
+                graph = _compat.copy_graph_module(self._graph)
+                self._dense = _compat.compile_with_inductor(graph, self._example_inputs, self._patches)
+        self._keep(tensors, None, self._dense, range(len(self._example_inputs)), rewrites)
+
+
+def _probes(tensors: Sequence[Tensor]) -> list[tuple[Any, float]]:
+    """What to look at besides versions: batch norm writes to its statistics without counting it."""
+    buffers = [t for t in tensors if not isinstance(t, nn.Parameter) and t.dim() == 1 and t.numel()]
+    views = [t.detach().numpy() for t in buffers if t.dtype == torch.float32 and t.device.type == "cpu"]
+    return [(view, view.item(0)) for view in views if view.item(0) == view.item(0)]
+
+
+def _make_sparse(graph: GraphModule) -> bool:
+    """Run the passes of inference; return whether what they made of the graph is worth it."""
+    dense_bytes, start = _bytes_of(graph), time.perf_counter()
+    run_passes(graph, INFERENCE_PASSES, "inference")
+    programs = graph.graph.find_nodes(op="call_function", target=RUN_PROGRAM)
+    if not programs:
+        reasons = Counter(node.meta[CHOICE].reason for node in graph.graph.nodes if CHOICE in node.meta)
+        log.info("no sparse kernels: %s", ", ".join(f"{why} ({n})" for why, n in reasons.most_common(5)))
+        return False
+    if sum(node.meta[SAVED] for node in programs) < PROGRAM * len(programs):
+        log.info("no sparse kernels: %d programs would gain less than calling them costs", len(programs))
+        return False
+    log.info(
+        "packed the weights of a graph for %d sparse programs in %.2f s: %.1f MB of constants, %.1f MB before",
+        *(len(programs), time.perf_counter() - start, _bytes_of(graph) / 1e6, dense_bytes / 1e6),
+    )
+    return True
 
 
 def _bytes_of(graph: GraphModule) -> int:

@@ -20,7 +20,7 @@ Pass = Callable[[Any], int]
 class GraphVersion:
     """A graph as one pass left it."""
 
-    stage: str  # "dynamo" or "joint"
+    stage: str  # "dynamo", "inference" or "joint"
     pass_name: str  # "captured" for the graph that the first pass was given
     changes: int
     graph: Graph

@@ -79,7 +79,6 @@ def test_statistics_that_are_written_are_noticed() -> None:
     assert not torch.equal(check(fast, model, x), before)
 
 
-@pytest.mark.xfail(strict=True, reason="batch norm in training does not bump the versions of its statistics")
 def test_statistics_that_training_mode_writes_are_noticed() -> None:
     model, x = made("residual"), inputs_of("residual")
     fast = compiled(model)
@@ -182,7 +181,6 @@ def test_threads_that_call_one_model(seen: Seen) -> None:
     assert seen.compilations == count
 
 
-@pytest.mark.xfail(strict=True, reason="every thread that waits for the lock compiles again, and counts a rewrite")
 def test_threads_that_meet_a_write_compile_once_and_stay_sparse(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
     model = made()
     fast = compiled(model)
