@@ -60,6 +60,8 @@ def _fold(gm: GraphModule, norm: Node, convolution: Node) -> None:
     convolution.args = tuple(arguments)
     for user in list(norm.users):
         user.replace_all_uses_with(convolution)
+        gm.graph.erase_node(user)
+    gm.graph.erase_node(norm)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -272,7 +272,12 @@ def assemble(steps: Sequence[Step], buffers: Sequence[Buffer], machine: Machine,
         buffers: what the numbers in the steps mean.
         machine: what the C++ was compiled for.
         is_tokens: inputs and outputs are ``[tokens, channels]``, worked on in chunks of tokens, and every step is 1x1.
+
+    Raises:
+        ValueError: for a residual in a program of tokens.
     """
+    if is_tokens and any(step.residual >= 0 for step in steps):
+        raise ValueError("programs of tokens add no residuals")
     blob = _Blob()
     header_size = 8 * 6
     blob.add(np.zeros(header_size, np.uint8))

@@ -56,7 +56,6 @@ def test_folds_every_one_of_a_row() -> None:
     assert captured(*layers, *more).apply(fold_batch_norm) == 3
 
 
-@pytest.mark.xfail(strict=True, reason="the second is folded only when the pass runs again")
 def test_second_norm_in_a_row_is_folded_too() -> None:
     graph = captured(nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6), nn.BatchNorm2d(6))
     assert graph.apply(fold_batch_norm) == 2
