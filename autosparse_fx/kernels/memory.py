@@ -1,0 +1,128 @@
+"""Where a program keeps what its steps hand to each other, and which of them take turns tile by tile."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from autosparse_fx.kernels.step_writer import StepWriter
+from autosparse_fx.kernels.steps import Buffer, Machine, Step, round_up
+
+
+def tiled_buffers(writers: Sequence[StepWriter], buffers: Sequence[Buffer]) -> dict[int, int]:
+    """The buffers that can hold tile after tile, with the width of those tiles.
+
+    That is how 1x1 layers like their source; everyone else who touches the buffer must have the same tiles.
+    """
+    uses: dict[int, set[tuple[int, bool]]] = {}
+    for writer in writers:
+        step, width = writer.step, writer.width
+        if writer.mode != "strided":
+            uses.setdefault(step.source, set()).add((width, writer.mode == "plain"))
+        for number in (step.target, step.residual):
+            uses.setdefault(number, set()).add((width, writer.mode not in ("grid", "planes")))
+    return {
+        number: next(iter(widths))[0]
+        for number, widths in uses.items()
+        if number >= 0 and buffers[number].kind == "arena" and len(widths) == 1 and next(iter(widths))[1]
+    }
+
+
+def find_chains(writers: Sequence[StepWriter]) -> list[int]:
+    """For each step how many, itself included, can be worked on tile by tile: each reads in tiles the one before."""
+    chains = [1] * len(writers)
+    for number in range(len(writers) - 2, -1, -1):
+        after = writers[number + 1]
+        if after.mode == "direct" and after.step.source == writers[number].step.target:
+            chains[number] += chains[number + 1]
+    return chains
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Floats between channels, between columns, and between images (or tokens); what tiles are apart besides their
+    width, and where one thread works on the whole image; and all of an image.
+    """
+
+    row_stride: int
+    column_stride: int
+    unit_stride: int
+    tile_step: int
+    alone_tile_step: int
+    floats: int
+
+
+def layout_of(buffer: Buffer, tile_width: int, is_local: bool, machine: Machine, is_tokens: bool) -> Layout:
+    if tile_width:
+        columns = machine.most_vectors * machine.vector_length if is_tokens else buffer.columns
+        tiles = -(-columns // tile_width)
+        step = tile_width * (buffer.channels - 1)
+        return Layout(tile_width, 1, 0, step, -tile_width if is_local else step, tiles * (tile_width + step))
+    if is_tokens:
+        assert buffer.kind != "arena"
+        return Layout(1, buffer.channels, buffer.channels, 0, 0, 0)
+    stride = buffer.columns if buffer.kind != "arena" else round_up(buffer.columns, machine.vector_length)
+    return Layout(stride, 1, buffer.channels * stride, 0, 0, buffer.channels * stride)
+
+
+def local_buffers(steps: Sequence[Step], chains: Sequence[int]) -> set[int]:
+    """The buffers whose tiles only the next step of a chain reads."""
+    readers: dict[int, list[int]] = {}
+    for number, step in enumerate(steps):
+        for buffer in (step.source, step.residual):
+            readers.setdefault(buffer, []).append(number)
+    return {
+        step.target
+        for number, step in enumerate(steps)
+        if chains[number] > 1 and readers.get(step.target) == [number + 1]
+    }
+
+
+def place(
+    steps: Sequence[Step], chains: Sequence[int], buffers: Sequence[Buffer], layouts: Sequence[Layout]
+) -> tuple[list[int], int]:
+    """Give every buffer of the arena a place that nothing else has while it lives; first fit."""
+    times = [0]
+    for chain in chains[:-1]:
+        times.append(times[-1] + (chain == 1))  # the steps of a chain take turns
+    uses: dict[int, list[int]] = {}
+    for time, step in zip(times, steps, strict=True):
+        for number in (step.source, step.target, step.residual):
+            if number >= 0 and buffers[number].kind == "arena":
+                uses.setdefault(number, []).append(time)
+    same = _in_place(steps, times, uses, layouts)
+    lives: dict[int, tuple[int, int]] = {}
+    for number, when in uses.items():
+        first, last = lives.get(same.get(number, number), (when[0], 0))
+        lives[same.get(number, number)] = min(first, when[0]), max(last, when[-1])
+    positions = [b.index for b in buffers]
+    placed: list[tuple[int, int, tuple[int, int]]] = []
+    slack = 4096  # a tile's last vectors reach beyond the last row
+    for number, life in sorted(lives.items(), key=lambda item: item[1]):
+        size = round_up(4 * layouts[number].floats, 64) + slack
+        at = 0
+        for start, stop, other in sorted(placed):
+            if life[0] <= other[1] and other[0] <= life[1] and at < stop and start < at + size:
+                at = stop
+        positions[number] = at
+        placed.append((at, at + size, life))
+    for number, owner in same.items():
+        positions[number] = positions[owner]
+    return positions, max((stop for _, stop, _ in placed), default=0)
+
+
+def _in_place(
+    steps: Sequence[Step], times: Sequence[int], uses: dict[int, list[int]], layouts: Sequence[Layout]
+) -> dict[int, int]:
+    """The targets that may overwrite the residual that is added to them, with the buffer that holds both.
+
+    That is a third less traffic, and half the memory to keep in a cache. Both must be in the same tiles, and this must
+    be the last use of the residual.
+    """
+    same: dict[int, int] = {}
+    for time, step in zip(times, steps, strict=True):
+        residual, target = step.residual, step.target
+        if residual in uses and target in uses and residual != step.source:
+            is_tiled = layouts[residual].tile_step > 0 and layouts[residual] == layouts[target]
+            is_last = uses[residual][-1] == time and uses[residual].count(time) == 1
+            if is_tiled and is_last:
+                same[target] = same.get(residual, residual)
+    return same

@@ -1,0 +1,180 @@
+"""Lays out one step: how it reads its source, and its weights that are not zero, in blocks of channels."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from autosparse_fx.kernels.steps import ACTIVATIONS, MODES, Machine, Step, Window, round_up
+
+# For the packed channels of a tile. Taps of a grid are not aligned, which costs more from the second-level cache.
+CACHE_BYTES = {"grid": 32 * 1024, "planes": 0} | dict.fromkeys(("plain", "direct", "gathered", "strided"), 64 * 1024)
+GATHER_ROWS = 96  # of a weight, from which packing a row per tap pays
+_ALIGNMENT = 64
+
+
+@dataclass
+class Blob:
+    """Bytes that grow, in aligned pieces."""
+
+    pieces: list[bytes] = field(default_factory=list)
+    size: int = 0
+
+    def add(self, array: np.ndarray) -> int:
+        at = self.size
+        data = array.tobytes()
+        padding = -len(data) % _ALIGNMENT
+        self.pieces.append(data + b"\0" * padding)
+        self.size += len(data) + padding
+        return at
+
+
+@dataclass(frozen=True)
+class _Planes:
+    """The zero-padded planes that hold one channel, one per phase of the stride, and where taps start in them."""
+
+    phases: list[tuple[int, int]]
+    reach: tuple[int, int]  # rows and columns that taps go beyond a pixel's own
+    pitch: int
+    rows: int
+
+    @property
+    def stride(self) -> int:
+        return self.rows * self.pitch
+
+    def tap(self, y: int, x: int, window: Window) -> int:
+        y, x = y * window.dilation[0], x * window.dilation[1]
+        phase = self.phases.index((y % window.stride[0], x % window.stride[1]))
+        return phase * self.stride + y // window.stride[0] * self.pitch + x // window.stride[1]
+
+    @staticmethod
+    def of(window: Window, kernel: tuple[int, int], touched_rows: int) -> "_Planes":
+        """For a tile that touches so many rows of the output."""
+        taps_y = [k * window.dilation[0] for k in range(kernel[0])]
+        taps_x = [k * window.dilation[1] for k in range(kernel[1])]
+        phases = sorted({(y % window.stride[0], x % window.stride[1]) for y in taps_y for x in taps_x})
+        reach = taps_y[-1] // window.stride[0], taps_x[-1] // window.stride[1]
+        return _Planes(phases, reach, window.out_size[1] + reach[1], touched_rows + reach[0])
+
+
+def _tile_vectors(columns: int, machine: Machine) -> int:
+    vectors = -(-columns // machine.vector_length)
+    tiles = -(-vectors // machine.most_vectors)
+    return -(-vectors // tiles)
+
+
+class StepWriter:
+    """Lays out one step in a blob."""
+
+    def __init__(self, step: Step, machine: Machine, tokens: int) -> None:
+        self.step, self.window = step, step.window
+        self.rows, self.group_channels, *kernel = step.weight.shape
+        self.kernel = kernel[0], kernel[1]
+        self.mode = step.mode or self._default_mode()
+        height, out_width = self.window.out_size
+        pitch = _Planes.of(self.window, self.kernel, 1).pitch
+        self.pitch = pitch if self.mode in ("grid", "planes") else out_width
+        self.columns = (height - 1) * self.pitch + out_width
+        self.vectors = step.vectors or _tile_vectors(tokens or self.columns, machine)
+        width = self.width = self.vectors * machine.vector_length
+        touched = height if self.mode == "planes" else -(-(width + self.pitch - 1) // self.pitch)
+        self.planes = _Planes.of(self.window, self.kernel, min(touched, height))
+        taps = [self.planes.tap(y, x, self.window) for y in range(self.kernel[0]) for x in range(self.kernel[1])]
+        self.taps = taps
+        if self.mode in ("grid", "planes"):
+            floats = len(self.planes.phases) * self.planes.stride + self.planes.reach[1]
+            self.channel_stride = round_up(floats, machine.vector_length)
+        else:
+            self.channel_stride = width * len(taps)
+        wanted = step.block_channels or max(1, CACHE_BYTES[self.mode] // (4 * self.channel_stride))
+        if self.mode == "planes":
+            wanted = self.group_channels  # sums between blocks are kept for one tile, and this has several
+        # As few blocks as that allows, all of about the same size.
+        self.block_channels = -(-self.group_channels // -(-self.group_channels // min(self.group_channels, wanted)))
+
+    def read_tiles(self) -> None:
+        """Read the source where it lies, which is in tiles."""
+        assert self.mode == "plain"
+        self.mode = "direct"
+
+    def _default_mode(self) -> str:
+        window = self.window
+        if self.kernel == (1, 1) and window.stride == (1, 1) and window.padding == (0, 0):
+            return "plain"
+        if self.step.groups > 1:
+            return "planes"
+        if self.kernel == (1, 1) and window.padding == (0, 0):
+            return "strided"
+        return "gathered" if self.rows >= GATHER_ROWS else "grid"
+
+    def write(self, blob: Blob, chain: int) -> list[int | float]:
+        """Append the step's data, and return the fields of the C++ struct."""
+        step, window, planes = self.step, self.window, self.planes
+        blocks = self._blocks(blob)
+        cost = np.concatenate([[0], np.cumsum(_entries_per_row(step.weight) + 1)]).astype(np.int64)
+        return [
+            step.source,
+            step.target,
+            step.residual,
+            ACTIVATIONS.index(step.activation),
+            *step.clamp,
+            self.rows,
+            *window.in_size,
+            *window.out_size,
+            *window.stride,
+            self.pitch,
+            self.columns,
+            self.vectors,
+            MODES.index(self.mode),
+            self.channel_stride,
+            planes.pitch,
+            planes.rows,
+            planes.stride,
+            blob.add(np.array([self._phase(*phase) for phase in planes.phases], np.int64)),
+            len(planes.phases),
+            blob.add(np.array(self.taps, np.int64)),
+            len(self.taps),
+            blob.add(step.bias.numpy().astype(np.float32)),
+            blob.add(np.array(blocks, np.int64)),
+            len(blocks),
+            blob.add(cost),
+            self.block_channels,
+            chain,
+        ]
+
+    def _phase(self, y: int, x: int) -> tuple[int, int, int, int]:
+        window, width = self.window, self.planes.pitch
+        start, step = x - window.padding[1], window.stride[1]
+        first = min(width, max(0, -(start // step)))
+        stop = min(width, max(first, -((start - window.in_size[1]) // step)))
+        return y - window.padding[0], start, first, stop
+
+    def _blocks(self, blob: Blob) -> list[list[int]]:
+        blocks = []
+        rows = self.rows // self.step.groups
+        for group in range(self.step.groups):
+            weight = self.step.weight[group * rows : (group + 1) * rows]
+            base = group * self.group_channels
+            for start in range(0, self.group_channels, self.block_channels):
+                stop = min(start + self.block_channels, self.group_channels)
+                starts, entries = self._entries(weight[:, start:stop])
+                is_first, is_last = start == 0, stop == self.group_channels
+                row0 = group * rows
+                rows_and_channels = row0, row0 + rows, base + start, base + stop
+                blocks.append([*rows_and_channels, int(is_first), int(is_last), blob.add(starts), blob.add(entries)])
+        return blocks
+
+    def _entries(self, weight: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        row, channel, y, x = (i.numpy() for i in weight.nonzero(as_tuple=True))
+        tap = y * self.kernel[1] + x
+        within = np.array(self.taps)[tap] if self.mode in ("grid", "planes") else tap * self.width
+        offset = channel * self.channel_stride + within
+        entries = np.empty(len(row), np.dtype([("offset", np.int32), ("value", np.float32)]))
+        entries["offset"], entries["value"] = offset * 4, weight[weight != 0].numpy()
+        starts = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=weight.shape[0]))]).astype(np.int32)
+        return starts, entries
+
+
+def _entries_per_row(weight: Tensor) -> np.ndarray:
+    counts: np.ndarray = weight.flatten(1).count_nonzero(1).numpy()
+    return counts

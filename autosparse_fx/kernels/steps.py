@@ -1,0 +1,74 @@
+"""What a program is made of: steps, the buffers that they read and write, and the machine that it is laid out for."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+MODES = ("plain", "direct", "grid", "gathered", "planes", "strided")
+ACTIVATIONS = ("none", "relu", "clamp", "gelu", "gelu_tanh", "silu", "hardswish", "sigmoid")
+BUFFER_KINDS = ("arena", "input", "output")
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A tensor that steps read and write: ``channels`` rows of ``columns`` pixels, or of tokens.
+
+    Attributes:
+        kind: "arena" (memory of the program itself), "input" or "output".
+        index: which input or output.
+        channels, columns: the size for one image; for tokens ``columns`` is not used.
+    """
+
+    kind: str
+    channels: int
+    columns: int
+    index: int = 0
+
+
+@dataclass(frozen=True)
+class Window:
+    """How a convolution looks at its input: sizes, strides, padding and dilation in (y, x) order."""
+
+    in_size: tuple[int, int]
+    out_size: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+
+
+@dataclass(frozen=True)
+class Step:
+    """``target = activation(convolution(source, weight) + bias + residual)``, with numbers of buffers.
+
+    Attributes:
+        weight: ``[rows, channels / groups, height, width]``, float32; its zeros cost nothing.
+        bias: ``[rows]``, float32.
+        clamp: bounds, of the activation "clamp".
+        vectors, block_channels: the tile's width and the channels that are packed at a time; 0 is the default.
+        mode: how columns are read, one of MODES; "" is the default.
+    """
+
+    source: int
+    target: int
+    weight: Tensor
+    bias: Tensor
+    window: Window
+    groups: int = 1
+    residual: int = -1
+    activation: str = "none"
+    clamp: tuple[float, float] = (0.0, 0.0)
+    vectors: int = 0
+    block_channels: int = 0
+    mode: str = ""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the C++ was compiled for: floats in a vector, and vectors across the widest tile."""
+
+    vector_length: int
+    most_vectors: int
+
+
+def round_up(value: int, to: int) -> int:
+    return -(-value // to) * to
