@@ -282,7 +282,6 @@ def joint_graph(gm: GraphModule) -> GraphModule | None:
     """
     from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_compiler
     from torch._functorch.partitioners import min_cut_rematerialization_partition
-    from torch._guards import TracingContext, tracing
 
     found: list[GraphModule] = []
 
@@ -292,9 +291,8 @@ def joint_graph(gm: GraphModule) -> GraphModule | None:
         return min_cut_rematerialization_partition(joint, inputs, **kwargs)
 
     compiler = make_boxed_compiler(lambda graph, _: graph.forward)
-    values = [node.meta["example_value"] for node in gm.graph.nodes if node.op == "placeholder"]
-    modes = [value.fake_mode for value in values if isinstance(value, FakeTensor)]
-    with torch.enable_grad(), tracing(TracingContext(modes[0] if modes else None)):
+    values = graph_inputs(gm)
+    with torch.enable_grad(), tracing_again(values):
         aot_module_simplified(
             copy_dynamo_graph(gm), values, fw_compiler=compiler, bw_compiler=compiler, partition_fn=partition
         )
