@@ -64,6 +64,8 @@ def verified_graphs() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def small_graphs_run_sparse_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_graphs_run_sparse_too() -> Iterator[None]:
     """Otherwise only graphs run on sparse kernels that gain more than calling them costs."""
-    monkeypatch.setattr("autosparse_fx.inference.PROGRAM", 0)
+    with pytest.MonkeyPatch.context() as patch:  # of its own: the fixture would outlive others that tests patch with
+        patch.setattr("autosparse_fx.inference.PROGRAM", 0)
+        yield
