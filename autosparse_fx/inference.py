@@ -20,6 +20,7 @@ from torch.fx import GraphModule
 from autosparse_fx import _compat
 from autosparse_fx.kernels.choice import CHOICE, PROGRAM, lacking
 from autosparse_fx.passes import INFERENCE_PASSES
+from autosparse_fx.passes.constants import with_constants
 from autosparse_fx.passes.fuse_sparse_programs import RUN_PROGRAM, SAVED
 from autosparse_fx.pipeline import run_passes
 
@@ -195,20 +196,3 @@ def _make_sparse(graph: GraphModule) -> bool:
 
 def _bytes_of(graph: GraphModule) -> int:
     return sum(buffer.nbytes for buffer in graph.buffers())
-
-
-def with_constants(graph: GraphModule, tensors: dict[int, Tensor]) -> GraphModule:
-    """A copy of an ATen graph in which some placeholders are attributes that hold these tensors."""
-    made = _compat.copy_graph_module(graph)
-    placeholders = [node for node in made.graph.nodes if node.op == "placeholder"]
-    for number, tensor in tensors.items():
-        node = placeholders[number]
-        name = f"constant_{number}"
-        made.register_buffer(name, tensor.detach())
-        with made.graph.inserting_before(node):
-            attribute = made.graph.get_attr(name)
-        attribute.meta.update(node.meta)
-        node.replace_all_uses_with(attribute)
-        made.graph.erase_node(node)
-    made.recompile()
-    return made

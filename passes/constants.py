@@ -6,7 +6,24 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from autosparse_fx._compat import FakeTensor
+from autosparse_fx._compat import FakeTensor, copy_graph_module
+
+
+def with_constants(graph: GraphModule, tensors: dict[int, Tensor]) -> GraphModule:
+    """A copy of an ATen graph in which some placeholders are attributes that hold these tensors."""
+    made = copy_graph_module(graph)
+    placeholders = [node for node in made.graph.nodes if node.op == "placeholder"]
+    for number, tensor in tensors.items():
+        node = placeholders[number]
+        name = f"constant_{number}"
+        made.register_buffer(name, tensor.detach())
+        with made.graph.inserting_before(node):
+            attribute = made.graph.get_attr(name)
+        attribute.meta.update(node.meta)
+        node.replace_all_uses_with(attribute)
+        made.graph.erase_node(node)
+    made.recompile()
+    return made
 
 
 def constant(node: object) -> Tensor | None:

@@ -10,24 +10,21 @@ from torch.fx import GraphModule, Node
 
 from autosparse_fx import _compat
 from autosparse_fx.capture import run_captured
-from autosparse_fx.inference import module_state, with_constants
+from autosparse_fx.inference import module_state
 from autosparse_fx.kernels.choice import CHOICE, Choice
 from autosparse_fx.kernels.program import Window
 from autosparse_fx.passes import INFERENCE_PASSES, fuse_sparse_programs
-from autosparse_fx.passes.constants import constant_name
+from autosparse_fx.passes.constants import constant_name, with_constants
 
 aten = torch.ops.aten
-_WEIGHT: dict[Any, int] = {
-    aten.convolution.default: 1,
-    aten.mm.default: 1,
-    aten.addmm.default: 2,
-}  # where the weight stands
+# Where the weight stands among the arguments.
+_WEIGHT: dict[Any, int] = {aten.convolution.default: 1, aten.mm.default: 1, aten.addmm.default: 2}
 _NAME = "autosparse_weight_name"
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One use of a weight.
+    """A weight, where it is used last.
 
     Attributes:
         name: the full name of the parameter.
@@ -48,7 +45,7 @@ class Layer:
 
 
 def layers(model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any] | Tensor) -> list[Layer]:
-    """List every use of a weight that a convolution or a product of a graph under no_grad multiplies by.
+    """List the weights that a convolution or a product of a graph under no_grad multiplies by.
 
     The model runs once, in the mode that it is in. Its buffers and the random state are restored.
 

@@ -254,7 +254,7 @@ constexpr std::array<Compute, sizeof...(NV)> computes(std::integer_sequence<int,
 }
 constexpr auto COMPUTE = computes(std::make_integer_sequence<int, MAX_NV>());  // for 1, 2, ... vectors
 
-// dst[c][i] = src[i][c], for count channels and columns tokens; both sides are rows of floats.
+// dst[c][r] = src[r][c]; both sides are rows of floats, src_stride and dst_stride apart.
 void turn(const float* src, int64_t src_stride, float* dst, int64_t dst_stride, int64_t src_rows, int64_t src_columns) {
   int64_t r = 0;
   for (; r + VL <= src_rows; r += VL) {
@@ -471,7 +471,8 @@ extern "C" int64_t vector_length() { return VL; }
 extern "C" int64_t most_vectors() { return MAX_NV; }
 
 // inputs, outputs: float32, [batch, channels, ...] images, or [batch, channels] tokens. batch: images or tokens.
-// is_channels_last: of each input, whether its channels are contiguous; only for those that are read in mode PLAIN.
+// is_channels_last: of each input, whether its channels are contiguous; only for those that are read in the modes
+// PLAIN and STRIDED.
 extern "C" void run_sparse_program(const char* data, const float* const* inputs, const bool* is_channels_last,
                                    float* const* outputs, int64_t batch, int64_t threads) {
   if (batch == 0) return;

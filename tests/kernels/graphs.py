@@ -11,8 +11,9 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from autosparse_fx._compat import inference_graph
-from autosparse_fx.inference import module_state, with_constants
+from autosparse_fx.inference import module_state
 from autosparse_fx.kernels.choice import CHOICE, Choice
+from autosparse_fx.passes.constants import with_constants
 from autosparse_fx.pipeline import run_passes
 
 aten = torch.ops.aten
