@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from autosparse_fx.kernels.layers import Layer, layers
 from autosparse_fx.kernels.library import library
-from autosparse_fx.kernels.program import Buffer, Machine, Step, Window, assemble
+from autosparse_fx.kernels.program import Buffer, Step, Window, assemble
 from autosparse_fx.tables import text_table
 
 SECONDS = 0.03  # for each kernel that is timed
@@ -160,7 +160,7 @@ def _time_sparse(layer: Layer, sparsity: float) -> float:
     )
     buffers = [Buffer("input", channels, pixels), Buffer("output", rows, layer.columns)]
     kernels = library()
-    program = assemble([step], buffers, Machine(kernels.vector_length, kernels.most_vectors), is_tokens=is_tokens).data
+    program = assemble([step], buffers, kernels.machine, is_tokens=is_tokens).data
     if is_tokens:
         x, y = torch.randn(layer.columns, channels), torch.empty(layer.columns, rows)
     else:

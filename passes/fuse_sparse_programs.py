@@ -13,7 +13,7 @@ from torch.fx.passes.operator_support import OperatorSupportBase
 from autosparse_fx.kernels.choice import CHOICE
 from autosparse_fx.kernels.library import library
 from autosparse_fx.kernels.ops import flatten_shapes
-from autosparse_fx.kernels.program import Buffer, Machine, Step, Window, assemble
+from autosparse_fx.kernels.program import Buffer, Step, Window, assemble
 from autosparse_fx.passes.constants import constant, new_constant, remove_unused_constants
 from autosparse_fx.passes.lower_sparse_conv import SPARSE_CONV
 from autosparse_fx.passes.lower_sparse_linear import SPARSE_LINEAR
@@ -116,8 +116,7 @@ def _fuse(gm: GraphModule, members: set[Node], *, is_tokens: bool) -> None:
     nodes = [node for node in gm.graph.nodes if node in members]
     writer = _ProgramWriter(nodes, is_tokens=is_tokens)
     kernels = library()
-    machine = Machine(kernels.vector_length, kernels.most_vectors)
-    laid_out = assemble(writer.steps, writer.buffers, machine, is_tokens=is_tokens)
+    laid_out = assemble(writer.steps, writer.buffers, kernels.machine, is_tokens=is_tokens)
     place = _place(gm, members, writer.inputs)
     program = new_constant(gm, "sparse_program", laid_out.data, place)
     shapes = flatten_shapes([_sizes(node) for node in writer.outputs])

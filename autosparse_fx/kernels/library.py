@@ -1,6 +1,7 @@
 """The compiled kernels: built by Inductor's C++ compiler, kept in its cache, called without the interpreter's lock."""
 
 import ctypes
+import hashlib
 from functools import cache
 from pathlib import Path
 
@@ -8,7 +9,10 @@ import torch
 from torch import Tensor
 
 from autosparse_fx import _compat
+from autosparse_fx.kernels.executable import executable
+from autosparse_fx.kernels.steps import Machine
 
+HOME = 32  # where in a program its address stands, in bytes
 SOURCE = Path(__file__).with_name("sparse_program.cpp")
 
 
@@ -16,19 +20,37 @@ class KernelLibrary:
     """The functions of ``sparse_program.cpp``."""
 
     def __init__(self) -> None:
+        self._homes: dict[bytes, Tensor] = {}
         self._functions = _compat.compile_cpp(SOURCE.read_text())
         self._run = self._functions.run_sparse_program
-        self._run.restype = None
+        self._run.restype = ctypes.c_bool
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         self._run.argtypes = [pointer, pointer, pointer, pointer, number, number]
-        # Floats in a vector register, and vector registers across the widest tile.
-        self.vector_length = self._constant("vector_length")
-        self.most_vectors = self._constant("most_vectors")
+        self._make_executable = self._functions.make_executable
+        self._make_executable.restype = number
+        self._make_executable.argtypes = [pointer, number]
+        runs_code = bool(self._constant("runs_code")) and self._may_execute()
+        self.machine = Machine(self._constant("vector_length"), self._constant("most_vectors"), runs_code)
 
     def _constant(self, name: str) -> int:
         function = getattr(self._functions, name)
         function.restype = ctypes.c_int64
         return int(function())
+
+    def _may_execute(self) -> bool:
+        try:
+            executable(torch.zeros(HOME + 8, dtype=torch.uint8), HOME, self._seal)
+        except OSError:
+            return False
+        return True
+
+    def _seal(self, address: int, size: int) -> int:
+        """Let the processor execute so many bytes, and nobody write to them; 0, or an error number of the system's."""
+        return int(self._make_executable(address, size))
+
+    def executable(self, program: Tensor) -> Tensor:
+        """Bring a program with machine code to where it can run."""
+        return executable(program, HOME, self._seal)
 
     def run(self, program: Tensor, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         """Run an assembled program (see ``program.py``).
@@ -39,14 +61,22 @@ class KernelLibrary:
             outputs: float32 ``[batch, ...]``, contiguous; written to.
         """
         pointers, results = ctypes.c_void_p * len(inputs), ctypes.c_void_p * len(outputs)
-        self._run(
-            program.data_ptr(),
+        arguments = (
             pointers(*(x.data_ptr() for x in inputs)),
             (ctypes.c_bool * len(inputs))(*(not x.is_contiguous() for x in inputs)),
             results(*(y.data_ptr() for y in outputs)),
             inputs[0].shape[0],
             torch.get_num_threads(),
         )
+        if not self._run(program.data_ptr(), *arguments):
+            self._run(self._at_home(program).data_ptr(), *arguments)
+
+    def _at_home(self, copy: Tensor) -> Tensor:
+        """A program that was copied, where it can be executed: one for all copies, kept as long as the process."""
+        key = hashlib.sha256(copy[HOME + 8 :].numpy()).digest()
+        if key not in self._homes:
+            self._homes[key] = self.executable(copy)
+        return self._homes[key]
 
 
 @cache

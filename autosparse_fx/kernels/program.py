@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from autosparse_fx.kernels.library import library
 from autosparse_fx.kernels.memory import find_chains, layout_of, local_buffers, place, tiled_buffers
 from autosparse_fx.kernels.step_writer import Blob, StepWriter
 from autosparse_fx.kernels.steps import BUFFER_KINDS, Buffer, Machine, Step, Window
@@ -45,7 +46,7 @@ def assemble(steps: Sequence[Step], buffers: Sequence[Buffer], machine: Machine,
     if is_tokens and any(step.residual >= 0 for step in steps):
         raise ValueError("programs of tokens add no residuals")
     blob = Blob()
-    header_size = 8 * 6
+    header_size = 8 * 7
     blob.add(np.zeros(header_size, np.uint8))
     chunk = machine.most_vectors * machine.vector_length if is_tokens else 0
     writers = [StepWriter(step, machine, chunk) for step in steps]
@@ -66,10 +67,14 @@ def assemble(steps: Sequence[Step], buffers: Sequence[Buffer], machine: Machine,
     ]
     steps_at = blob.add(np.frombuffer(b"".join(written), np.uint8))
     buffers_at = blob.add(np.array(rows, np.int64))
-    header = np.array([steps_at, len(steps), buffers_at, arena_bytes, int(is_tokens), chunk], np.int64)
     data = bytearray(b"".join(blob.pieces))
-    data[:header_size] = header.tobytes()
-    return Program(torch.frombuffer(data, dtype=torch.uint8), _read_in_any_layout(writers, buffers))
+    memory = torch.frombuffer(data, dtype=torch.uint8)
+    address = 0  # written where the program finds its place
+    header = [steps_at, len(steps), buffers_at, arena_bytes, address, int(is_tokens), chunk]
+    memory[:header_size] = torch.tensor(header).view(torch.uint8)
+    if any(writer.is_coded for writer in writers):
+        memory = library().executable(memory)
+    return Program(memory, _read_in_any_layout(writers, buffers))
 
 
 def _eight_bytes(number: int | float) -> bytes:

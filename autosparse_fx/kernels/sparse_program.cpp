@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cerrno>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -25,11 +26,20 @@
 #include <sys/mman.h>
 #endif
 
+// Whether programs may hold machine code of machine_code.py.
+#if defined(__linux__) && defined(__x86_64__) && defined(__AVX512F__)
+#define RUNS_CODE 1
+#else
+#define RUNS_CODE 0
+#endif
+
 namespace {
 
 using Vec = at::vec::Vectorized<float>;
 constexpr int VL = Vec::size();
 constexpr int MAX_NV = 8;
+// How much further the arguments of machine code point (see machine_code.py).
+constexpr int64_t X_BIAS = 128 * 64, WEIGHT_BIAS = 128 * 4;
 
 struct Entry {
   int32_t offset;  // bytes from the start of the tile in the packed block, or in the source where it is read directly
@@ -40,6 +50,12 @@ struct Block {  // rows [row0, row1) over input channels [channel0, channel1)
   int64_t row0, row1, channel0, channel1, first, last;
   int64_t starts;  // byte position in data: row1 - row0 + 1 positions in entries, int32
   int64_t entries;
+  int64_t groups, group_count;  // instead of the entries, where the pattern is machine code
+};
+
+struct Group {  // rows [row0, row1) as machine code
+  int64_t row0, row1;
+  int64_t code, weights;  // byte positions in data
 };
 
 struct Buffer {
@@ -99,6 +115,7 @@ struct Step {
 struct Header {
   int64_t steps, step_count, buffers;  // byte positions in data
   int64_t arena_bytes;
+  int64_t home;  // the address of a program with machine code, which can be executed nowhere else; 0 without
   int64_t is_tokens;  // units are chunks of unit_columns tokens instead of images
   int64_t unit_columns;
 };
@@ -198,20 +215,71 @@ void write_compact(const Step& s, const float* line, Tile t, int64_t m, const Pl
   }
 }
 
+// The end of a row of a tile, whose sums are complete.
+template <int NV>
+inline void finish(const Step& s, Vec (&acc)[NV], int64_t m, float* sums, Tile t, const Place& y, const Place& residual) {
+  const int tail = int(t.columns - (NV - 1) * VL);
+  if (y.column_stride != 1) {  // tokens: the caller turns the finished tile around
+    activate(acc, s);
+    for (int j = 0; j < NV; ++j) acc[j].store(sums + j * VL);
+  } else if ((s.mode == GRID || s.mode == PLANES) && s.pitch != s.out_width) {
+    alignas(64) float line[NV * VL];
+    for (int j = 0; j < NV; ++j) acc[j].store(line + j * VL);
+    write_compact(s, line, t, m, y, residual);
+  } else {
+    float* out = y.data + m * y.row_stride + t.column0;
+    if (residual.data != nullptr) {
+      const float* add = residual.data + m * residual.row_stride + t.column0;
+      for (int j = 0; j < NV - 1; ++j) acc[j] = acc[j] + Vec::loadu(add + j * VL);
+      acc[NV - 1] = acc[NV - 1] + Vec::loadu(add + (NV - 1) * VL, tail);
+    }
+    activate(acc, s);
+    for (int j = 0; j < NV - 1; ++j) acc[j].store(out + j * VL);
+    acc[NV - 1].store(out + (NV - 1) * VL, tail);
+  }
+}
+
+// Rows of one block whose pattern is machine code (see machine_code.py): a group of rows at a time.
+template <int NV>
+void compute_coded(const Step& s, const Block& b, const char* data, const char* x, float* partial, Tile t,
+                   const Place& y, const Place& residual) {
+  using Code = void (*)(const char* x, const char* weights, float* sums, const float* bias);
+  const Group* groups = reinterpret_cast<const Group*>(data + b.groups);
+  const float* bias = reinterpret_cast<const float*>(data + s.bias);
+  const int64_t partial_stride = s.vectors * VL;
+  const bool are_kept = !(b.first && b.last) || y.column_stride != 1;  // sums, beyond this group
+  for (int64_t g = 0; g < b.group_count; ++g) {
+    const Group& group = groups[g];
+    if (group.row0 < t.row0 || group.row1 > t.row1) continue;
+    float* sums = are_kept ? partial + (group.row0 - t.row0) * partial_stride : partial;
+    const Code code = reinterpret_cast<Code>(data + group.code);
+    // The next group's instructions and weights lie behind this one's, and the processor would wait for each line.
+    const int64_t ahead = g + 1 < b.group_count ? groups[g + 1].code - group.code : 0;
+    const char* next = data + group.code + ahead;
+    for (int j = 0; j < NV; ++j) {
+      for (int64_t i = ahead * j / NV; i < ahead * (j + 1) / NV; i += 64) __builtin_prefetch(next + i, 0, 2);
+      code(x + j * sizeof(Vec) + X_BIAS, data + group.weights + WEIGHT_BIAS, sums + j * VL, bias + group.row0);
+    }
+    if (!b.last) continue;
+    for (int64_t m = group.row0; m < group.row1; ++m, sums += partial_stride) {
+      Vec acc[NV];
+      for (int j = 0; j < NV; ++j) acc[j] = Vec::loadu(sums + j * VL);
+      finish(s, acc, m, sums, t, y, residual);
+    }
+  }
+}
+
 // Rows of one block. `partial` holds the sums between blocks: [rows][s.vectors * VL].
 template <int NV>
 void compute(const Step& s, const Block& b, const char* data, const char* x, float* partial, Tile t, const Place& y,
              const Place& residual) {
+  if (b.group_count > 0) return compute_coded<NV>(s, b, data, x, partial, t, y, residual);
   const int32_t* starts = reinterpret_cast<const int32_t*>(data + b.starts);
   const Entry* entries = reinterpret_cast<const Entry*>(data + b.entries);
   const float* bias = reinterpret_cast<const float*>(data + s.bias);
-  const int64_t partial_stride = s.vectors * VL;
-  const bool is_turned = y.column_stride != 1;  // tokens: the caller turns the finished tile around
-  const int tail = int(t.columns - (NV - 1) * VL);
-  alignas(64) float line[MAX_NV * VL];
   for (int64_t m = std::max(b.row0, t.row0), end = std::min(b.row1, t.row1); m < end; ++m) {
     Vec acc[NV];
-    float* sums = partial + (m - t.row0) * partial_stride;
+    float* sums = partial + (m - t.row0) * s.vectors * VL;
     if (b.first) {
       for (int j = 0; j < NV; ++j) acc[j] = Vec(bias[m]);
     } else {
@@ -225,24 +293,10 @@ void compute(const Step& s, const Block& b, const char* data, const char* x, flo
 #pragma GCC unroll 16
       for (int j = 0; j < NV; ++j) acc[j] = at::vec::fmadd(v, Vec::loadu(p + j * VL), acc[j]);
     }
-    if (!b.last) {
-      for (int j = 0; j < NV; ++j) acc[j].store(sums + j * VL);
-    } else if (is_turned) {
-      activate(acc, s);
-      for (int j = 0; j < NV; ++j) acc[j].store(sums + j * VL);
-    } else if ((s.mode == GRID || s.mode == PLANES) && s.pitch != s.out_width) {
-      for (int j = 0; j < NV; ++j) acc[j].store(line + j * VL);
-      write_compact(s, line, t, m, y, residual);
+    if (b.last) {
+      finish(s, acc, m, sums, t, y, residual);
     } else {
-      float* out = y.data + m * y.row_stride + t.column0;
-      if (residual.data != nullptr) {
-        const float* add = residual.data + m * residual.row_stride + t.column0;
-        for (int j = 0; j < NV - 1; ++j) acc[j] = acc[j] + Vec::loadu(add + j * VL);
-        acc[NV - 1] = acc[NV - 1] + Vec::loadu(add + (NV - 1) * VL, tail);
-      }
-      activate(acc, s);
-      for (int j = 0; j < NV - 1; ++j) acc[j].store(out + j * VL);
-      acc[NV - 1].store(out + (NV - 1) * VL, tail);
+      for (int j = 0; j < NV; ++j) acc[j].store(sums + j * VL);
     }
   }
 }
@@ -470,13 +524,25 @@ void run_part(const Step& s, const char* data, const Places& at, int64_t columns
 extern "C" int64_t vector_length() { return VL; }
 extern "C" int64_t most_vectors() { return MAX_NV; }
 
+extern "C" int64_t runs_code() { return RUNS_CODE && VL * sizeof(float) == 64; }
+
+// Lets the processor execute a program, and nobody write to it any more. 0, or an error number of the system's.
+extern "C" int64_t make_executable(void* program, int64_t bytes) {
+#if RUNS_CODE
+  return mprotect(program, size_t(bytes), PROT_READ | PROT_EXEC) == 0 ? 0 : errno;
+#else
+  return ENOSYS;
+#endif
+}
+
 // inputs, outputs: float32, [batch, channels, ...] images, or [batch, channels] tokens. batch: images or tokens.
 // is_channels_last: of each input, whether its channels are contiguous; only for those that are read in the modes
-// PLAIN and STRIDED.
-extern "C" void run_sparse_program(const char* data, const float* const* inputs, const bool* is_channels_last,
+// PLAIN and STRIDED. False for a copy of a program with machine code, in memory that cannot be executed.
+extern "C" bool run_sparse_program(const char* data, const float* const* inputs, const bool* is_channels_last,
                                    float* const* outputs, int64_t batch, int64_t threads) {
-  if (batch == 0) return;
   const Header& h = *reinterpret_cast<const Header*>(data);
+  if (h.home != 0 && h.home != reinterpret_cast<int64_t>(data)) return false;
+  if (batch == 0) return true;
   const Step* steps = reinterpret_cast<const Step*>(data + h.steps);
   const Buffer* buffers = reinterpret_cast<const Buffer*>(data + h.buffers);
   int64_t per_unit = h.is_tokens ? h.unit_columns : 1;
@@ -530,4 +596,5 @@ extern "C" void run_sparse_program(const char* data, const float* const* inputs,
       for (int64_t u = 0; u < units; ++u) run_unit(u, own, 0, 1);
     }
   }
+  return true;
 }

@@ -1,15 +1,21 @@
 """Lays out one step: how it reads its source, and its weights that are not zero, in blocks of channels."""
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 from torch import Tensor
 
+from autosparse_fx.kernels.machine_code import MOST_ROWS, group_code
 from autosparse_fx.kernels.steps import ACTIVATIONS, MODES, Machine, Step, Window, round_up
 
 # For the packed channels of a tile. Taps of a grid are not aligned, which costs more from the second-level cache.
 CACHE_BYTES = {"grid": 32 * 1024, "planes": 0} | dict.fromkeys(("plain", "direct", "gathered", "strided"), 64 * 1024)
 GATHER_ROWS = 96  # of a weight, from which packing a row per tap pays
+# Machine code pays for rows of so many entries, where so many multiply-adds share a vector of the input, in tiles of so
+# many vectors: the first of them waits for instructions that come from memory.
+CODE_ENTRIES_PER_ROW, CODE_SHARED, CODE_VECTORS = 20, 2.5, 6
+CODE_ENTRIES = 1000  # of a group of rows in a block, so that its instructions stay in the cache
 _ALIGNMENT = 64
 
 
@@ -86,7 +92,9 @@ class StepWriter:
             self.channel_stride = round_up(floats, machine.vector_length)
         else:
             self.channel_stride = width * len(taps)
-        wanted = step.block_channels or max(1, CACHE_BYTES[self.mode] // (4 * self.channel_stride))
+        self.density = float(step.weight.count_nonzero()) / max(1, step.weight.numel())
+        self.is_coded = machine.runs_code and (self._gains_by_code() if step.is_coded is None else step.is_coded)
+        wanted = step.block_channels or self._default_block_channels()
         if self.mode == "planes":
             wanted = self.group_channels  # sums between blocks are kept for one tile, and this has several
         # As few blocks as that allows, all of about the same size.
@@ -107,11 +115,26 @@ class StepWriter:
             return "strided"
         return "gathered" if self.rows >= GATHER_ROWS else "grid"
 
+    def _gains_by_code(self) -> bool:
+        entries_per_row = self.density * self.group_channels * len(self.taps)
+        shared = MOST_ROWS * self.density / (1 - (1 - self.density) ** MOST_ROWS) if self.density else 0.0
+        wide = self.vectors >= CODE_VECTORS
+        return wide and shared >= CODE_SHARED and entries_per_row >= CODE_ENTRIES_PER_ROW
+
+    def _default_block_channels(self) -> int:
+        if self.is_coded:
+            entries_per_channel = MOST_ROWS * self.density * len(self.taps)
+            return max(1, round(CODE_ENTRIES / max(1.0, entries_per_channel)))
+        return max(1, CACHE_BYTES[self.mode] // (4 * self.channel_stride))
+
     def write(self, blob: Blob, chain: int) -> list[int | float]:
         """Append the step's data, and return the fields of the C++ struct."""
         step, window, planes = self.step, self.window, self.planes
         blocks = self._blocks(blob)
         cost = np.concatenate([[0], np.cumsum(_entries_per_row(step.weight) + 1)]).astype(np.int64)
+        if self.is_coded:  # threads share rows by whole groups: where the cost jumps
+            starts = np.array([start for start, _ in self._groups()])
+            cost[:-1] = cost[starts[np.searchsorted(starts, np.arange(self.rows), "right") - 1]]
         return [
             step.source,
             step.target,
@@ -157,22 +180,43 @@ class StepWriter:
             base = group * self.group_channels
             for start in range(0, self.group_channels, self.block_channels):
                 stop = min(start + self.block_channels, self.group_channels)
-                starts, entries = self._entries(weight[:, start:stop])
                 is_first, is_last = start == 0, stop == self.group_channels
                 row0 = group * rows
-                rows_and_channels = row0, row0 + rows, base + start, base + stop
-                blocks.append([*rows_and_channels, int(is_first), int(is_last), blob.add(starts), blob.add(entries)])
+                positions = self._pattern(blob, weight[:, start:stop], row0, is_first)
+                blocks.append([row0, row0 + rows, base + start, base + stop, int(is_first), int(is_last), *positions])
         return blocks
 
-    def _entries(self, weight: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def _pattern(self, blob: Blob, weight: Tensor, row0: int, is_first: bool) -> tuple[int, int, int, int]:
+        """The last fields of a block: where its pattern is."""
         row, channel, y, x = (i.numpy() for i in weight.nonzero(as_tuple=True))
         tap = y * self.kernel[1] + x
         within = np.array(self.taps)[tap] if self.mode in ("grid", "planes") else tap * self.width
-        offset = channel * self.channel_stride + within
-        entries = np.empty(len(row), np.dtype([("offset", np.int32), ("value", np.float32)]))
-        entries["offset"], entries["value"] = offset * 4, weight[weight != 0].numpy()
-        starts = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=weight.shape[0]))]).astype(np.int32)
-        return starts, entries
+        offset, value = 4 * (channel * self.channel_stride + within), weight[weight != 0].numpy()
+        starts = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=weight.shape[0]))])
+        if not self.is_coded:
+            entries = np.empty(len(row), np.dtype([("offset", np.int32), ("value", np.float32)]))
+            entries["offset"], entries["value"] = offset, value
+            return blob.add(starts.astype(np.int32)), blob.add(entries), 0, 0
+        groups = []
+        for first, stop in self._groups():
+            if not row0 <= first < row0 + len(weight):
+                continue
+            mine = np.arange(starts[first - row0], starts[stop - row0])
+            mine = mine[np.argsort(offset[mine], kind="stable")]
+            code = group_code(row[mine] - (first - row0), offset[mine], stop - first, 4 * self.width, is_first=is_first)
+            groups.append([first, stop, blob.add(np.frombuffer(code, np.uint8)), blob.add(value[mine])])
+        return 0, 0, blob.add(np.array(groups, np.int64)), len(groups)
+
+    def _groups(self) -> list[tuple[int, int]]:
+        """Rows that share machine code, of about the same number."""
+        rows = self.rows // self.step.groups
+        count = -(-rows // MOST_ROWS)
+        cuts = [rows * k // count for k in range(count + 1)]
+        return [
+            (group * rows + start, group * rows + stop)
+            for group in range(self.step.groups)
+            for start, stop in pairwise(cuts)
+        ]
 
 
 def _entries_per_row(weight: Tensor) -> np.ndarray:

@@ -46,6 +46,7 @@ class Step:
         clamp: bounds, of the activation "clamp".
         vectors, block_channels: the tile's width and the channels that are packed at a time; 0 is the default.
         mode: how columns are read, one of MODES; "" is the default.
+        is_coded: make the pattern of the weight machine code; None is the default.
     """
 
     source: int
@@ -60,14 +61,22 @@ class Step:
     vectors: int = 0
     block_channels: int = 0
     mode: str = ""
+    is_coded: bool | None = None
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the C++ was compiled for: floats in a vector, and vectors across the widest tile."""
+    """What the C++ was compiled for.
+
+    Attributes:
+        vector_length: floats in a vector.
+        most_vectors: across the widest tile.
+        runs_code: whether programs may hold machine code.
+    """
 
     vector_length: int
     most_vectors: int
+    runs_code: bool = False
 
 
 def round_up(value: int, to: int) -> int:

@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ CLAMP = (-0.5, 0.75)
 
 
 def machine() -> Machine:
-    return Machine(library().vector_length, library().most_vectors)
+    return library().machine
 
 
 def sparse(*shape: int, density: float = 0.2) -> Tensor:
@@ -90,7 +91,7 @@ class Net:
         self.steps.append(Step(source, target, weight, 0.3 * torch.randn(rows), window, groups, **others))
         return target
 
-    def assemble(self, outputs: Sequence[int]) -> Program:
+    def assemble(self, outputs: Sequence[int], is_coded: bool | None = None) -> Program:
         buffers = []
         for number, (channels, size) in enumerate(self.sizes):
             kind, index = "arena", 0
@@ -99,7 +100,8 @@ class Net:
             elif number in outputs:
                 kind, index = "output", list(outputs).index(number)
             buffers.append(Buffer(kind, channels, 0 if self.is_tokens else size[0] * size[1], index))
-        return assemble(self.steps, buffers, machine(), is_tokens=self.is_tokens)
+        steps = self.steps if is_coded is None else [replace(step, is_coded=is_coded) for step in self.steps]
+        return assemble(steps, buffers, machine(), is_tokens=self.is_tokens)
 
     def shape(self, number: int, batch: int) -> tuple[int, ...]:
         channels, size = self.sizes[number]
@@ -121,21 +123,29 @@ class Net:
             values[step.target] = ACTIVATIONS[step.activation](y)
         return [values[number] for number in outputs]
 
-    def run(self, inputs: Sequence[Tensor], outputs: Sequence[int], *, channels_last: bool = False) -> list[Tensor]:
+    def run(
+        self,
+        inputs: Sequence[Tensor],
+        outputs: Sequence[int],
+        *,
+        channels_last: bool = False,
+        is_coded: bool | None = None,
+    ) -> list[Tensor]:
         """Run the program on inputs that lie among NaNs, and see that it writes nothing but its outputs."""
         return run_guarded(
-            self.assemble(outputs),
+            self.assemble(outputs, is_coded),
             inputs,
             [self.shape(n, inputs[0].shape[0]) for n in outputs],
             channels_last=channels_last,
         )
 
     def check(self, outputs: Sequence[int], batch: int = 2, *, channels_last: bool = False) -> list[Tensor]:
-        """Compare a run with the dense computation."""
+        """Compare runs with the dense computation: with patterns as entries, and as machine code where that can be."""
         inputs = self.random_inputs(batch)
-        found = self.run(inputs, outputs, channels_last=channels_last)
-        for y, expected in zip(found, self.expected(inputs, outputs), strict=True):
-            assert_close(y, expected)
+        for is_coded in {False, machine().runs_code}:
+            found = self.run(inputs, outputs, channels_last=channels_last, is_coded=is_coded)
+            for y, expected in zip(found, self.expected(inputs, outputs), strict=True):
+                assert_close(y, expected)
         return found
 
 
@@ -235,4 +245,4 @@ def random_net(rng: random.Random) -> tuple[Net, list[int]]:
 
 
 def with_residual(step: Step, residual: int) -> Step:
-    return Step(**{**vars(step), "residual": residual})
+    return replace(step, residual=residual)

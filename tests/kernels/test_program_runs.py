@@ -168,13 +168,16 @@ def test_random_programs(seed: int) -> None:
 
 def test_assembling_twice_gives_the_same_bytes() -> None:
     net, outputs = resnet_like()
-    assert torch.equal(net.assemble(outputs).data, net.assemble(outputs).data)
+    first, second = (net.assemble(outputs, is_coded=False).data for _ in range(2))
+    assert torch.equal(first, second)
 
 
 def test_zeros_take_no_room() -> None:
     """Packed, a sparse weight is smaller than the dense one."""
     torch.manual_seed(0)
-    for density, share in ((0.2, 0.45), (0.1, 0.25)):
-        step = Step(0, 1, sparse(256, 256, 1, 1, density=density), torch.zeros(256), Window((14, 14), (14, 14)))
-        buffers = [Buffer("input", 256, 196), Buffer("output", 256, 196)]
-        assert assemble([step], buffers, machine()).data.numel() < share * 4 * 256 * 256
+    window, buffers = Window((14, 14), (14, 14)), [Buffer("input", 256, 196), Buffer("output", 256, 196)]
+    for density, share, coded_share in ((0.2, 0.45, 0.75), (0.1, 0.25, 0.45)):
+        weight = sparse(256, 256, 1, 1, density=density)
+        for is_coded, most in ((False, share), (True, coded_share)):
+            step = Step(0, 1, weight, torch.zeros(256), window, is_coded=is_coded)
+            assert assemble([step], buffers, machine()).data.numel() < most * 4 * 256 * 256

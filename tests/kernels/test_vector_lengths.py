@@ -26,7 +26,7 @@ with torch.no_grad():
     x = torch.randn(3, 8, 16, 16)
     y = torch.compile(model, backend="autosparse")(x)
     expected = model.double()(x.double())
-print(library().vector_length, float((y - expected).abs().max() / expected.abs().max()))
+print(library().machine.vector_length, float((y - expected).abs().max() / expected.abs().max()))
 """
 
 
