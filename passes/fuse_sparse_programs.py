@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
 from torch.fx.passes.operator_support import OperatorSupportBase
 
+from autosparse_fx._compat import size_hint
 from autosparse_fx.kernels.choice import CHOICE
 from autosparse_fx.kernels.library import library
 from autosparse_fx.kernels.ops import flatten_shapes
@@ -116,7 +117,8 @@ def _fuse(gm: GraphModule, members: set[Node], *, is_tokens: bool) -> None:
     nodes = [node for node in gm.graph.nodes if node in members]
     writer = _ProgramWriter(nodes, is_tokens=is_tokens)
     kernels = library()
-    laid_out = assemble(writer.steps, writer.buffers, kernels.machine, is_tokens=is_tokens)
+    images = size_hint(nodes[0].meta["val"].shape[0]) // torch.get_num_threads()
+    laid_out = assemble(writer.steps, writer.buffers, kernels.machine, is_tokens=is_tokens, images=images)
     place = _place(gm, members, writer.inputs)
     program = new_constant(gm, "sparse_program", laid_out.data, place)
     shapes = flatten_shapes([_sizes(node) for node in writer.outputs])

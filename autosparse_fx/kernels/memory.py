@@ -12,18 +12,33 @@ def tiled_buffers(writers: Sequence[StepWriter], buffers: Sequence[Buffer]) -> d
 
     That is how 1x1 layers like their source; everyone else who touches the buffer must have the same tiles.
     """
-    uses: dict[int, set[tuple[int, bool]]] = {}
+    uses: dict[int, set[tuple[int, int, bool]]] = {}
     for writer in writers:
-        step, width = writer.step, writer.width
+        step, tiles = writer.step, (writer.width, writer.images)
         if writer.mode != "strided":
-            uses.setdefault(step.source, set()).add((width, writer.mode == "plain"))
+            uses.setdefault(step.source, set()).add((*tiles, writer.mode == "plain"))
         for number in (step.target, step.residual):
-            uses.setdefault(number, set()).add((width, writer.mode not in ("grid", "planes")))
+            uses.setdefault(number, set()).add((*tiles, writer.mode not in ("grid", "planes")))
     return {
         number: next(iter(widths))[0]
         for number, widths in uses.items()
-        if number >= 0 and buffers[number].kind == "arena" and len(widths) == 1 and next(iter(widths))[1]
+        if number >= 0 and buffers[number].kind == "arena" and len(widths) == 1 and next(iter(widths))[-1]
     }
+
+
+def images_in_buffers(writers: Sequence[StepWriter]) -> dict[int, tuple[int, bool]]:
+    """How many images each buffer of the arena holds, and whether their columns are side by side.
+
+    Where they are not, steps that take one image at a time write what steps that take several read.
+    """
+    images: dict[int, tuple[int, bool]] = {}
+    for writer in writers:
+        step = writer.step
+        images[step.target] = max(1, writer.images), writer.images > 0
+        for number in (step.source, step.residual):
+            if number in images:
+                images[number] = max(images[number][0], writer.images), images[number][1]
+    return images
 
 
 def find_chains(writers: Sequence[StepWriter]) -> list[int]:
@@ -50,17 +65,30 @@ class Layout:
     floats: int
 
 
-def layout_of(buffer: Buffer, tile_width: int, is_local: bool, machine: Machine, is_tokens: bool) -> Layout:
-    if tile_width:
-        columns = machine.most_vectors * machine.vector_length if is_tokens else buffer.columns
-        tiles = -(-columns // tile_width)
-        step = tile_width * (buffer.channels - 1)
-        return Layout(tile_width, 1, 0, step, -tile_width if is_local else step, tiles * (tile_width + step))
-    if is_tokens:
+def layout_of(
+    buffer: Buffer,
+    tile_width: int,
+    is_local: bool,
+    machine: Machine,
+    is_tokens: bool,
+    images: int = 1,
+    side_by_side: bool = False,
+) -> Layout:
+    if is_tokens and not tile_width:
         assert buffer.kind != "arena"
         return Layout(1, buffer.channels, buffer.channels, 0, 0, 0)
-    stride = buffer.columns if buffer.kind != "arena" else round_up(buffer.columns, machine.vector_length)
-    return Layout(stride, 1, buffer.channels * stride, 0, 0, buffer.channels * stride)
+    if buffer.kind != "arena":
+        return Layout(buffer.columns, 1, buffer.channels * buffer.columns, 0, 0, 0)
+    columns = machine.most_vectors * machine.vector_length if is_tokens else buffer.columns
+    if side_by_side:
+        columns *= images
+    row_stride = tile_width or round_up(columns, machine.vector_length)
+    floats = -(-columns // row_stride) * row_stride * buffer.channels  # of all columns
+    step = row_stride * (buffer.channels - 1) if tile_width else 0
+    alone_step = -tile_width if is_local else step
+    if side_by_side:
+        return Layout(row_stride, 1, buffer.columns, step, alone_step, floats)
+    return Layout(row_stride, 1, floats if images > 1 else 0, step, alone_step, images * floats)
 
 
 def local_buffers(steps: Sequence[Step], chains: Sequence[int]) -> set[int]:
@@ -77,12 +105,20 @@ def local_buffers(steps: Sequence[Step], chains: Sequence[int]) -> set[int]:
 
 
 def place(
-    steps: Sequence[Step], chains: Sequence[int], buffers: Sequence[Buffer], layouts: Sequence[Layout]
+    steps: Sequence[Step],
+    chains: Sequence[int],
+    buffers: Sequence[Buffer],
+    layouts: Sequence[Layout],
+    joint_from: int,
 ) -> tuple[list[int], int]:
-    """Give every buffer of the arena a place that nothing else has while it lives; first fit."""
+    """Give every buffer of the arena a place that nothing else has while it lives; first fit.
+
+    The steps before ``joint_from`` run once per image: what they leave for those behind lives from their first on.
+    """
     times = [0]
     for chain in chains[:-1]:
         times.append(times[-1] + (chain == 1))  # the steps of a chain take turns
+    joint_time = times[joint_from] if joint_from < len(steps) else times[-1] + 1
     uses: dict[int, list[int]] = {}
     for time, step in zip(times, steps, strict=True):
         for number in (step.source, step.target, step.residual):
@@ -92,7 +128,8 @@ def place(
     lives: dict[int, tuple[int, int]] = {}
     for number, when in uses.items():
         first, last = lives.get(same.get(number, number), (when[0], 0))
-        lives[same.get(number, number)] = min(first, when[0]), max(last, when[-1])
+        is_left = when[0] < joint_time <= when[-1]
+        lives[same.get(number, number)] = min(first, 0 if is_left else when[0]), max(last, when[-1])
     positions = [b.index for b in buffers]
     placed: list[tuple[int, int, tuple[int, int]]] = []
     slack = 4096  # a tile's last vectors reach beyond the last row

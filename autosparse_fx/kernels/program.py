@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from autosparse_fx.kernels.library import library
-from autosparse_fx.kernels.memory import find_chains, layout_of, local_buffers, place, tiled_buffers
+from autosparse_fx.kernels.memory import find_chains, images_in_buffers, layout_of, local_buffers, place, tiled_buffers
 from autosparse_fx.kernels.step_writer import Blob, StepWriter
 from autosparse_fx.kernels.steps import BUFFER_KINDS, Buffer, Machine, Step, Window
+
+MOST_IMAGES = 4  # side by side
 
 __all__ = ["Buffer", "Machine", "Program", "Step", "Window", "assemble"]
 
@@ -31,13 +33,16 @@ class Program:
     any_layout: list[int]
 
 
-def assemble(steps: Sequence[Step], buffers: Sequence[Buffer], machine: Machine, *, is_tokens: bool = False) -> Program:
+def assemble(
+    steps: Sequence[Step], buffers: Sequence[Buffer], machine: Machine, *, is_tokens: bool = False, images: int = 1
+) -> Program:
     """Lay out a program for ``machine``.
 
     Args:
         steps: in the order in which they run.
         buffers: what the numbers in the steps mean.
         machine: what the C++ was compiled for.
+        images: that one thread will work on, about; the last steps may take them side by side.
         is_tokens: inputs and outputs are ``[tokens, channels]``, worked on in chunks of tokens, and every step is 1x1.
 
     Raises:
@@ -50,14 +55,21 @@ def assemble(steps: Sequence[Step], buffers: Sequence[Buffer], machine: Machine,
     blob.add(np.zeros(header_size, np.uint8))
     chunk = machine.most_vectors * machine.vector_length if is_tokens else 0
     writers = [StepWriter(step, machine, chunk) for step in steps]
+    side_by_side = 1 if is_tokens else max(1, min(images, MOST_IMAGES))
+    joint_from = _joint_from(writers) if side_by_side > 1 else len(steps)
+    writers[joint_from:] = [StepWriter(step, machine, images=side_by_side) for step in steps[joint_from:]]
     tiled = tiled_buffers(writers, buffers)
     for writer in writers:
         if writer.mode == "plain" and writer.step.source in tiled:
             writer.read_tiles()
     chains = find_chains(writers)
     local = local_buffers(steps, chains)
-    layouts = [layout_of(b, tiled.get(n, 0), n in local, machine, is_tokens) for n, b in enumerate(buffers)]
-    positions, arena_bytes = place(steps, chains, buffers, layouts)
+    images_of = images_in_buffers(writers)
+    layouts = [
+        layout_of(b, tiled.get(n, 0), n in local, machine, is_tokens, *images_of.get(n, (1, False)))
+        for n, b in enumerate(buffers)
+    ]
+    positions, arena_bytes = place(steps, chains, buffers, layouts, joint_from)
     written = []
     for writer, chain in zip(writers, chains, strict=True):
         written.append(b"".join(map(_eight_bytes, writer.write(blob, chain))))
@@ -70,11 +82,19 @@ def assemble(steps: Sequence[Step], buffers: Sequence[Buffer], machine: Machine,
     data = bytearray(b"".join(blob.pieces))
     memory = torch.frombuffer(data, dtype=torch.uint8)
     address = 0  # written where the program finds its place
-    header = [steps_at, len(steps), buffers_at, arena_bytes, address, int(is_tokens), chunk]
+    header = [steps_at, len(steps), buffers_at, arena_bytes, address, int(is_tokens), chunk or side_by_side]
     memory[:header_size] = torch.tensor(header).view(torch.uint8)
     if any(writer.is_coded for writer in writers):
         memory = library().executable(memory)
     return Program(memory, _read_in_any_layout(writers, buffers))
+
+
+def _joint_from(writers: Sequence[StepWriter]) -> int:
+    """The first of the last steps that all may take images side by side."""
+    number = len(writers)
+    while number > 0 and writers[number - 1].may_be_joint:
+        number -= 1
+    return number
 
 
 def _eight_bytes(number: int | float) -> bytes:

@@ -63,7 +63,9 @@ struct Buffer {
   int64_t index;  // byte position in the arena, or number of the input or output
   int64_t row_stride;  // floats from one channel to the next
   int64_t column_stride;  // floats from one column to the next: 1, or the channels where they are contiguous (tokens)
-  int64_t unit_stride;  // floats from one image to the next, or from one token to the next
+  // Floats from one image to the next, or from one token to the next; 0 in the arena where every image has the same
+  // place.
+  int64_t unit_stride;
   // Floats to go on with every tile besides its width; not 0 for a buffer that holds tile after tile of its steps. And
   // the same where one thread works on the whole image: a tile that only its own chain reads may be overwritten then.
   int64_t tile_step, alone_tile_step;
@@ -93,12 +95,12 @@ struct Step {
   int64_t in_height, in_width, out_height, out_width;
   int64_t stride_y, stride_x;
   int64_t pitch;  // of the grid; out_width where columns and grid are the same
-  int64_t columns;  // of the grid
+  int64_t columns;  // of the grid, for one image
   int64_t vectors;  // width of a tile
   int64_t mode;
   int64_t channel_stride;  // floats of one channel in the packed block
   int64_t plane_pitch;  // floats of a row of a zero-padded plane
-  int64_t phase_rows;  // grid rows that are packed per tile
+  int64_t phase_rows;  // grid rows that are packed per tile, and per image of it
   int64_t phase_stride;  // floats of one phase
   int64_t phases;  // byte position in data
   int64_t phase_count;
@@ -109,6 +111,7 @@ struct Step {
   int64_t block_count;
   int64_t row_cost;  // byte position in data: rows + 1 running sums of entries, int64
   int64_t block_channels;  // the most channels of any block
+  int64_t joint;  // all images of a unit side by side; so are they in all steps behind the first such one
   int64_t chain;  // this step and so many behind it, less one, are worked on tile by tile: each reads the one before
 };
 
@@ -116,8 +119,8 @@ struct Header {
   int64_t steps, step_count, buffers;  // byte positions in data
   int64_t arena_bytes;
   int64_t home;  // the address of a program with machine code, which can be executed nowhere else; 0 without
-  int64_t is_tokens;  // units are chunks of unit_columns tokens instead of images
-  int64_t unit_columns;
+  int64_t is_tokens;  // units are chunks of tokens instead of images
+  int64_t per_unit;  // tokens of a chunk, or the most images that one thread works on at a time
 };
 
 struct Scratch {  // memory of one thread that stays for the next call
@@ -186,29 +189,40 @@ struct Tile {
   int64_t row0, row1;  // of the output, this thread's
 };
 
-struct Place {  // where a buffer lies for this unit
+struct Place {  // where a buffer lies, for one image or for all images that are side by side
   float* data;
-  int64_t row_stride, column_stride, tile_step;
+  int64_t row_stride, column_stride, tile_step, image_stride;
 
-  Place in_tile(int64_t tile) const { return {data + tile * tile_step, row_stride, column_stride, tile_step}; }
+  Place in_tile(int64_t tile) const {
+    return {data + tile * tile_step, row_stride, column_stride, tile_step, image_stride};
+  }
 };
 
-// Writes one row of a tile whose columns lie on a wider grid than the output: a row of the output at a time.
-void write_compact(const Step& s, const float* line, Tile t, int64_t m, const Place& y, const Place& residual) {
-  int64_t column = t.column0, done = 0;
-  while (done < t.columns) {
-    int64_t oy = column / s.pitch, ox = column % s.pitch;
-    int64_t here = std::min(s.pitch - ox, t.columns - done);
-    int64_t keep = std::min(here, s.out_width - ox);
-    int64_t at = oy * s.out_width + ox;
-    for (int64_t i = 0; oy < s.out_height && i < keep; i += VL) {
+// Whether the columns of a tile are not side by side in memory.
+inline bool is_in_pieces(const Step& s, const Place& y, const Place& residual) {
+  if (s.mode == GRID || s.mode == PLANES) return s.pitch != s.out_width;
+  if (!s.joint) return false;
+  return y.image_stride != s.columns || (residual.data != nullptr && residual.image_stride != s.columns);
+}
+
+// Writes one row of a tile whose columns lie on a wider grid than the output, a row of the output at a time; or belong
+// to several images, an image at a time.
+void write_pieces(const Step& s, const float* line, Tile t, int64_t m, const Place& y, const Place& residual) {
+  const bool is_grid = s.mode == GRID || s.mode == PLANES;
+  const int64_t period = is_grid ? s.pitch : s.columns, wanted = is_grid ? s.out_width : s.columns;
+  const int64_t pieces = is_grid ? s.out_height : INT64_MAX;
+  const int64_t y_step = is_grid ? s.out_width : y.image_stride, add_step = is_grid ? s.out_width : residual.image_stride;
+  float* out = y.data + m * y.row_stride;
+  const float* add = residual.data + m * residual.row_stride;
+  for (int64_t column = t.column0, done = 0; done < t.columns;) {
+    int64_t piece = column / period, x = column % period;
+    int64_t here = std::min(period - x, t.columns - done), keep = std::min(here, wanted - x);
+    for (int64_t i = 0; piece < pieces && i < keep; i += VL) {
       int n = int(std::min<int64_t>(VL, keep - i));
       Vec value[1] = {Vec::loadu(line + done + i, n)};
-      if (residual.data != nullptr) {
-        value[0] = value[0] + Vec::loadu(residual.data + m * residual.row_stride + at + i, n);
-      }
+      if (residual.data != nullptr) value[0] = value[0] + Vec::loadu(add + piece * add_step + x + i, n);
       activate(value, s);
-      value[0].store(y.data + m * y.row_stride + at + i, n);
+      value[0].store(out + piece * y_step + x + i, n);
     }
     column += here;
     done += here;
@@ -222,10 +236,10 @@ inline void finish(const Step& s, Vec (&acc)[NV], int64_t m, float* sums, Tile t
   if (y.column_stride != 1) {  // tokens: the caller turns the finished tile around
     activate(acc, s);
     for (int j = 0; j < NV; ++j) acc[j].store(sums + j * VL);
-  } else if ((s.mode == GRID || s.mode == PLANES) && s.pitch != s.out_width) {
+  } else if (is_in_pieces(s, y, residual)) {
     alignas(64) float line[NV * VL];
     for (int j = 0; j < NV; ++j) acc[j].store(line + j * VL);
-    write_compact(s, line, t, m, y, residual);
+    write_pieces(s, line, t, m, y, residual);
   } else {
     float* out = y.data + m * y.row_stride + t.column0;
     if (residual.data != nullptr) {
@@ -347,17 +361,32 @@ void fill_row(float* dst, const float* src, int64_t width, int64_t step, const P
   for (int64_t i = f.stop; i < width; i += VL) Vec(0.f).store(dst + i);
 }
 
-// The zero-padded planes of one channel, from grid row `row0` on.
-void fill_planes(const Step& s, const char* data, const float* image, int64_t row0, float* planes) {
+// Where the planes of a tile begin: a row of the grid, or of the output; all of an image that stands beside others.
+inline int64_t first_row(const Step& s, Tile t) { return s.joint ? 0 : t.column0 / s.pitch; }
+
+// The row of a column in the planes of a tile; those of several images lie one behind the other.
+inline int64_t plane_row(const Step& s, Tile t, int64_t column) {
+  if (!s.joint) return column / s.pitch - first_row(s, t);
+  return (column / s.columns - t.column0 / s.columns) * s.phase_rows + column % s.columns / s.out_width;
+}
+
+// The zero-padded planes of one channel, given as it lies in the first image: phase by phase and image by image, because
+// what reaches beyond a plane is overwritten by the next one.
+void fill_planes(const Step& s, const char* data, const Place& x, const float* channel, Tile t, float* planes) {
   const Phase* phases = reinterpret_cast<const Phase*>(data + s.phases);
+  const int64_t row0 = first_row(s, t);
+  const int64_t first = s.joint ? t.column0 / s.columns : 0, last = s.joint ? (t.column0 + t.columns - 1) / s.columns : 0;
   for (int64_t f = 0; f < s.phase_count; ++f) {
     float* dst = planes + f * s.phase_stride;
-    for (int64_t r = 0; r < s.phase_rows; ++r, dst += s.plane_pitch) {
-      int64_t iy = s.stride_y * (row0 + r) + phases[f].y;
-      if (iy >= 0 && iy < s.in_height) {
-        fill_row(dst, image + iy * s.in_width, s.plane_pitch, s.stride_x, phases[f], s.in_width);
-      } else {
-        for (int64_t i = 0; i < s.plane_pitch; i += VL) Vec(0.f).store(dst + i);
+    for (int64_t image = first; image <= last; ++image) {
+      for (int64_t r = 0; r < s.phase_rows; ++r, dst += s.plane_pitch) {
+        int64_t iy = s.stride_y * (row0 + r) + phases[f].y;
+        if (iy >= 0 && iy < s.in_height) {
+          const float* row = channel + image * x.image_stride + iy * s.in_width;
+          fill_row(dst, row, s.plane_pitch, s.stride_x, phases[f], s.in_width);
+        } else {
+          for (int64_t i = 0; i < s.plane_pitch; i += VL) Vec(0.f).store(dst + i);
+        }
       }
     }
   }
@@ -370,9 +399,10 @@ struct Copies {
   int count = 0;
   Copies(const Step& s, Tile t) {
     if (s.mode != GATHERED) return;
-    int64_t x = t.column0 % s.out_width;
-    for (int64_t done = 0, row = 0; done < t.columns; x = 0, row += s.plane_pitch) {
+    for (int64_t done = 0; done < t.columns;) {
+      int64_t column = t.column0 + done, x = column % s.out_width;
       int64_t here = std::min(s.out_width - x, t.columns - done);
+      int64_t row = plane_row(s, t, column) * s.plane_pitch;
       for (int64_t i = 0; i < here; i += VL, ++count) {
         from[count] = int32_t(row + x + i);
         to[count] = int32_t(done + i);
@@ -394,10 +424,22 @@ void gather(const Step& s, const char* data, const float* planes, const Copies& 
 // Where the columns that a tile of a strided 1x1 layer reads lie in the source, in floats.
 void pick_columns(const Step& s, const Place& x, Tile t, int64_t* positions) {
   for (int64_t i = 0; i < t.columns; ++i) {
-    int64_t y = (t.column0 + i) / s.out_width, q = (t.column0 + i) % s.out_width;
-    int64_t column = s.stride_y * y * s.in_width + s.stride_x * q;
-    positions[i] = x.tile_step == 0 ? column * x.column_stride
-                                    : column / x.row_stride * (x.tile_step + x.row_stride) + column % x.row_stride;
+    int64_t image = (t.column0 + i) / s.columns, p = (t.column0 + i) % s.columns;
+    int64_t column = s.stride_y * (p / s.out_width) * s.in_width + s.stride_x * (p % s.out_width);
+    int64_t tile = x.tile_step == 0 ? 0 : column / x.row_stride;
+    positions[i] = image * x.image_stride + tile * x.tile_step + column * x.column_stride;
+  }
+}
+
+// Calls f with the columns of a tile that are side by side in the source: the first of them in the tile, where it lies
+// in the source, and how many there are.
+template <typename F>
+inline void each_piece(const Step& s, const Place& x, Tile t, F f) {
+  if (!s.joint || x.image_stride == s.columns * x.column_stride) return f(0, t.column0 * x.column_stride, t.columns);
+  for (int64_t done = 0, here; done < t.columns; done += here) {
+    int64_t image = (t.column0 + done) / s.columns, p = (t.column0 + done) % s.columns;
+    here = std::min(s.columns - p, t.columns - done);
+    f(done, image * x.image_stride + p * x.column_stride, here);
   }
 }
 
@@ -405,17 +447,20 @@ void pick_columns(const Step& s, const Place& x, Tile t, int64_t* positions) {
 const char* pack(const Step& s, const Block& b, const char* data, const Place& x, float* packed, float* planes, Tile t,
                  const Copies& copies) {
   if (s.mode == PLAIN && x.column_stride != 1) {
-    turn(x.data + t.column0 * x.column_stride + b.channel0, x.column_stride, packed, s.channel_stride, t.columns,
-         b.channel1 - b.channel0);
+    each_piece(s, x, t, [&](int64_t first, int64_t at, int64_t count) {
+      turn(x.data + at + b.channel0, x.column_stride, packed + first, s.channel_stride, count, b.channel1 - b.channel0);
+    });
     return reinterpret_cast<const char*>(packed);
   }
   if (s.mode == PLAIN) {
     for (int64_t c = b.channel0; c < b.channel1; ++c) {
-      const float* src = x.data + c * x.row_stride + t.column0;
       float* dst = packed + (c - b.channel0) * s.channel_stride;
-      int64_t i = 0;
-      for (; i + VL <= t.columns; i += VL) Vec::loadu(src + i).store(dst + i);
-      if (i < t.columns) Vec::loadu(src + i, int(t.columns - i)).store(dst + i);
+      each_piece(s, x, t, [&](int64_t first, int64_t at, int64_t count) {
+        const float* src = x.data + c * x.row_stride + at;
+        int64_t i = 0;
+        for (; i + VL <= count; i += VL) Vec::loadu(src + i).store(dst + first + i);
+        if (i < count) Vec::loadu(src + i, int(count - i)).store(dst + first + i);
+      });
     }
     return reinterpret_cast<const char*>(packed);
   }
@@ -429,17 +474,16 @@ const char* pack(const Step& s, const Block& b, const char* data, const Place& x
     }
     return reinterpret_cast<const char*>(packed);
   }
-  const int64_t row0 = t.column0 / s.pitch;
   if (s.mode == GRID || s.mode == PLANES) {
     for (int64_t c = b.channel0; c < b.channel1; ++c) {
-      fill_planes(s, data, x.data + c * x.row_stride, row0, packed + (c - b.channel0) * s.channel_stride);
+      fill_planes(s, data, x, x.data + c * x.row_stride, t, packed + (c - b.channel0) * s.channel_stride);
     }
-    return reinterpret_cast<const char*>(packed + t.column0 - row0 * s.pitch);
+    return reinterpret_cast<const char*>(packed + t.column0 - first_row(s, t) * s.pitch);
   }
   // All planes first: a vector that is read back before what it consists of has left the store buffer has to wait.
   const int64_t plane_floats = s.phase_count * s.phase_stride;
   for (int64_t c = b.channel0; c < b.channel1; ++c) {
-    fill_planes(s, data, x.data + c * x.row_stride, row0, planes + (c - b.channel0) * plane_floats);
+    fill_planes(s, data, x, x.data + c * x.row_stride, t, planes + (c - b.channel0) * plane_floats);
   }
   for (int64_t c = b.channel0; c < b.channel1; ++c) {
     gather(s, data, planes + (c - b.channel0) * plane_floats, copies, packed + (c - b.channel0) * s.channel_stride);
@@ -545,55 +589,69 @@ extern "C" bool run_sparse_program(const char* data, const float* const* inputs,
   if (batch == 0) return true;
   const Step* steps = reinterpret_cast<const Step*>(data + h.steps);
   const Buffer* buffers = reinterpret_cast<const Buffer*>(data + h.buffers);
-  int64_t per_unit = h.is_tokens ? h.unit_columns : 1;
+  int64_t per_unit = h.per_unit;
   if (h.is_tokens && batch < per_unit * threads) {
     per_unit = ((batch + threads - 1) / threads + VL - 1) / VL * VL;  // so that every thread has some
   }
-  const int64_t units = (batch + per_unit - 1) / per_unit;
-  const int64_t apart = h.is_tokens ? units : units / threads * threads;  // each of these belongs to one thread
-  char* shared = apart < units ? arena_memory.get(h.arena_bytes) : nullptr;
+  // What belongs to one thread: chunks of tokens, or images; the threads share the images that are too few for that.
+  const int64_t grain = h.is_tokens ? per_unit : 1, grains = (batch + grain - 1) / grain;
+  const int64_t apart = h.is_tokens ? grains : grains / threads * threads;
+  auto edge = [&](int64_t member) { return std::min(batch, apart * member / threads * grain); };
+  char* shared = edge(threads) < batch ? arena_memory.get(h.arena_bytes) : nullptr;
   Barrier barrier;
 
-  auto place = [&](int64_t number, int64_t unit, char* arena, bool is_alone) -> Place {
-    if (number < 0) return {nullptr, 0, 0, 0};
+  // `first`: the image or token that a unit begins with. `image`: of the unit; none where all of them are side by side.
+  auto place = [&](int64_t number, int64_t first, int64_t image, char* arena, bool is_alone) -> Place {
+    if (number < 0) return {nullptr, 0, 0, 0, 0};
     const Buffer& b = buffers[number];
     float* base = b.kind == 0 ? reinterpret_cast<float*>(arena + b.index)
         : b.kind == 1         ? const_cast<float*>(inputs[b.index])
                               : outputs[b.index];
-    if (b.kind != 0) base += unit * per_unit * b.unit_stride;
-    if (b.kind == 1 && !h.is_tokens && is_channels_last[b.index]) return {base, 1, b.unit_stride / b.row_stride, 0};
-    return {base, b.row_stride, b.column_stride, is_alone ? b.alone_tile_step : b.tile_step};
+    base += ((b.kind == 0 ? 0 : first) + image) * b.unit_stride;
+    if (b.kind == 1 && !h.is_tokens && is_channels_last[b.index]) {
+      return {base, 1, b.unit_stride / b.row_stride, 0, b.unit_stride};
+    }
+    return {base, b.row_stride, b.column_stride, is_alone ? b.alone_tile_step : b.tile_step, b.unit_stride};
   };
-  auto run_unit = [&](int64_t unit, char* arena, int64_t member, int64_t team) {
-    int64_t tokens = std::min(per_unit, batch - unit * per_unit);
-    auto places = [&](const Step& s) -> Places {
-      auto at = [&](int64_t number) { return place(number, unit, arena, team == 1); };
-      return {at(s.source), at(s.target), at(s.residual)};
-    };
-    for (const Step *s = steps, *chain; s < steps + h.step_count; s = chain) {
-      chain = s + s->chain;
-      const int64_t columns = h.is_tokens ? tokens : s->columns;
-      const Share share(*s, columns, member, team);
-      if (share.row_parts > 1) chain = s + 1;  // the next step needs rows of other members
-      for (int64_t part = share.first; part < share.stop; ++part) {
-        for (const Step* link = s; link < chain; ++link) run_part(*link, data, places(*link), columns, share, part);
+  // Runs the step and the rest of its chain, and returns the step behind.
+  auto run_chain = [&](const Step* s, int64_t columns, auto at, int64_t member, int64_t team) {
+    const Step* chain = s + s->chain;
+    const Share share(*s, columns, member, team);
+    if (share.row_parts > 1) chain = s + 1;  // the next step needs rows of other members
+    for (int64_t part = share.first; part < share.stop; ++part) {
+      for (const Step* link = s; link < chain; ++link) {
+        const Places places{at(link->source), at(link->target), at(link->residual)};
+        run_part(*link, data, places, columns, share, part);
       }
-      barrier.wait(team);
+    }
+    barrier.wait(team);
+    return chain;
+  };
+  auto run_unit = [&](int64_t first, int64_t count, char* arena, int64_t member, int64_t team) {
+    const Step *begin = steps, *stop = steps + h.step_count;
+    for (int64_t image = 0; !h.is_tokens && image < count; ++image) {
+      auto at = [&](int64_t number) { return place(number, first, image, arena, team == 1); };
+      for (begin = steps; begin < stop && !begin->joint;) begin = run_chain(begin, begin->columns, at, member, team);
+    }
+    auto at = [&](int64_t number) { return place(number, first, 0, arena, team == 1); };
+    while (begin < stop) {
+      begin = run_chain(begin, h.is_tokens ? count : count * begin->columns, at, member, team);
     }
   };
 #pragma omp parallel num_threads(int(threads))
   {
     int64_t member = omp_get_thread_num(), team = omp_get_num_threads();
-    if (team == threads) {
-      if (apart > 0) {
-        char* own = arena_memory.get(h.arena_bytes);
-        for (int64_t u = apart * member / team; u < apart * (member + 1) / team; ++u) run_unit(u, own, 0, 1);
-      }
-      if (apart < units) barrier.wait(team);  // the shared memory is also one thread's own
-      for (int64_t u = apart; u < units; ++u) run_unit(u, shared, member, team);
-    } else if (member == 0) {  // fewer threads than were asked for
+    auto run_own = [&](int64_t from, int64_t to) {
+      if (from == to) return;
       char* own = arena_memory.get(h.arena_bytes);
-      for (int64_t u = 0; u < units; ++u) run_unit(u, own, 0, 1);
+      for (int64_t i = from; i < to; i += per_unit) run_unit(i, std::min(per_unit, to - i), own, 0, 1);
+    };
+    if (team == threads) {
+      run_own(edge(member), edge(member + 1));
+      if (edge(threads) < batch) barrier.wait(team);  // the shared memory is also one thread's own
+      for (int64_t i = edge(threads); i < batch; ++i) run_unit(i, 1, shared, member, team);
+    } else if (member == 0) {  // fewer threads than were asked for
+      run_own(0, batch);
     }
   }
   return true;

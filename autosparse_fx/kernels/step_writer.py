@@ -1,6 +1,6 @@
 """Lays out one step: how it reads its source, and its weights that are not zero, in blocks of channels."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -15,6 +15,7 @@ GATHER_ROWS = 96  # of a weight, from which packing a row per tap pays
 # Machine code pays for rows of so many entries, where so many multiply-adds share a vector of the input, in tiles of so
 # many vectors: the first of them waits for instructions that come from memory.
 CODE_ENTRIES_PER_ROW, CODE_SHARED, CODE_VECTORS = 20, 2.5, 6
+JOINT_COLUMNS = 64  # of an image, up to which several stand side by side
 CODE_ENTRIES = 1000  # of a group of rows in a block, so that its instructions stay in the cache
 _ALIGNMENT = 64
 
@@ -43,10 +44,11 @@ class _Planes:
     reach: tuple[int, int]  # rows and columns that taps go beyond a pixel's own
     pitch: int
     rows: int
+    images: int = 1  # one behind the other, in every phase
 
     @property
     def stride(self) -> int:
-        return self.rows * self.pitch
+        return self.images * self.rows * self.pitch
 
     def tap(self, y: int, x: int, window: Window) -> int:
         y, x = y * window.dilation[0], x * window.dilation[1]
@@ -70,9 +72,15 @@ def _tile_vectors(columns: int, machine: Machine) -> int:
 
 
 class StepWriter:
-    """Lays out one step in a blob."""
+    """Lays out one step in a blob.
 
-    def __init__(self, step: Step, machine: Machine, tokens: int) -> None:
+    Args:
+        tokens: the most that are worked on at a time, or 0 for images.
+        images: the most that are worked on side by side, or 0 where each is worked on by itself.
+    """
+
+    def __init__(self, step: Step, machine: Machine, tokens: int = 0, images: int = 0) -> None:
+        self.images = images
         self.step, self.window = step, step.window
         self.rows, self.group_channels, *kernel = step.weight.shape
         self.kernel = kernel[0], kernel[1]
@@ -81,10 +89,12 @@ class StepWriter:
         pitch = _Planes.of(self.window, self.kernel, 1).pitch
         self.pitch = pitch if self.mode in ("grid", "planes") else out_width
         self.columns = (height - 1) * self.pitch + out_width
-        self.vectors = step.vectors or _tile_vectors(tokens or self.columns, machine)
+        self.vectors = step.vectors or _tile_vectors(tokens or self.columns * max(1, images), machine)
         width = self.width = self.vectors * machine.vector_length
-        touched = height if self.mode == "planes" else -(-(width + self.pitch - 1) // self.pitch)
+        touched = height if self.mode == "planes" or images else -(-(width + self.pitch - 1) // self.pitch)
         self.planes = _Planes.of(self.window, self.kernel, min(touched, height))
+        if images:
+            self.planes = replace(self.planes, images=min(images, -(-(width - 1) // self.columns) + 1))
         taps = [self.planes.tap(y, x, self.window) for y in range(self.kernel[0]) for x in range(self.kernel[1])]
         self.taps = taps
         if self.mode in ("grid", "planes"):
@@ -99,6 +109,11 @@ class StepWriter:
             wanted = self.group_channels  # sums between blocks are kept for one tile, and this has several
         # As few blocks as that allows, all of about the same size.
         self.block_channels = -(-self.group_channels // -(-self.group_channels // min(self.group_channels, wanted)))
+
+    @property
+    def may_be_joint(self) -> bool:
+        """Whether images can and should be worked on side by side: theirs alone would fill few vectors."""
+        return self.columns <= JOINT_COLUMNS and self.mode in ("plain", "gathered", "strided")
 
     def read_tiles(self) -> None:
         """Read the source where it lies, which is in tiles."""
@@ -162,6 +177,7 @@ class StepWriter:
             len(blocks),
             blob.add(cost),
             self.block_channels,
+            int(self.images > 0),
             chain,
         ]
 
