@@ -5,11 +5,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from autosparse_fx.kernels.library import library
+from autosparse_fx.kernels.machine_code import gains
+
 # Cycles per vector of output columns, as seen on machines with AVX-512: a multiply-add of a dense kernel that runs near
 # the peak; one of a sparse kernel, whose operand comes from a cache, in a 1x1 layer or another; taking a vector of the
 # input into the packed block; and giving one of the output back. autosparse_fx.advise measures instead.
 DENSE, SPARSE_PLAIN, SPARSE_WINDOW, PACK, STORE = 0.55, 0.9, 1.5, 2.0, 3.0
-LANES = 16  # columns are computed in vectors of this size
+CODE_PLAIN, CODE_WINDOW = 0.85, 1.05  # of a sparse kernel whose pattern is machine code
+LANES, TILE = 16, 8  # columns are computed in vectors of this size, and tiles of so many
 MARGIN = 0.75  # of the dense estimate, below which a layer becomes sparse
 PROGRAM = 300_000  # cycles: what calling a program, and handing its inputs and outputs over, costs about
 WORTHWHILE = 64 * 1024  # multiply-adds of the dense layer, below which nothing is gained that could be measured
@@ -51,8 +55,17 @@ def choose(
     if rows * depth * columns < WORTHWHILE:
         return Choice(False, "too small to gain anything")
     dense = rows * depth * DENSE + rows
-    sparse = entries * (SPARSE_PLAIN if is_plain else SPARSE_WINDOW) + channels * PACK + rows * STORE
-    sparse *= LANES * -(-columns // LANES) / columns
+    whole_vectors = LANES * -(-columns // LANES) / columns
+
+    def cost(plain: float, window: float) -> float:
+        return (entries * (plain if is_plain else window) + channels * PACK + rows * STORE) * whole_vectors
+
+    sparse = cost(SPARSE_PLAIN, SPARSE_WINDOW)
+    coded = cost(CODE_PLAIN, CODE_WINDOW)
+    vectors = min(-(-columns // LANES), TILE)
+    # The library is compiled when it is first asked for, which takes a while: not for layers that stay dense anyway.
+    if coded < MARGIN * dense and gains(entries / (rows * depth), depth, vectors) and library().machine.runs_code:
+        sparse = coded
     gain = f"estimated {dense / sparse:.1f}x"
     saved = (dense - sparse) * columns / LANES * units
     return Choice(sparse < MARGIN * dense, gain, saved=saved if sparse < MARGIN * dense else 0.0)

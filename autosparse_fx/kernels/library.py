@@ -73,7 +73,7 @@ class KernelLibrary:
 
     def _at_home(self, copy: Tensor) -> Tensor:
         """A program that was copied, where it can be executed: one for all copies, kept as long as the process."""
-        key = hashlib.sha256(copy[HOME + 8 :].numpy()).digest()
+        key = hashlib.sha256(copy[HOME + 8 :].numpy().tobytes()).digest()
         if key not in self._homes:
             self._homes[key] = self.executable(copy)
         return self._homes[key]

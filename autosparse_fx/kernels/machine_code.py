@@ -15,6 +15,10 @@ import numpy as np
 MOST_ROWS = 28  # accumulators; four of the 32 registers are left for vectors of the input
 X_BIAS, WEIGHT_BIAS = 128 * 64, 128 * 4
 
+# It pays for rows of so many entries, where so many multiply-adds share a vector of the input, in tiles of so many
+# vectors: the first of them waits for instructions that come from memory.
+_ENTRIES_PER_ROW, _SHARED, _VECTORS = 20, 2.5, 6
+
 _X_REGISTER = 28
 _RCX, _RDX, _RSI, _RDI = 1, 2, 6, 7  # x is in RDI, and so on
 # Opcode maps and prefixes of the EVEX encoding (Intel's manual, volume 2, 2.7).
@@ -22,6 +26,19 @@ _MAP_0F, _MAP_0F38 = 1, 2
 _NO_PREFIX, _PREFIX_66 = 0, 1
 _LONGEST = 10
 _RETURN = bytes([0xC3])
+
+
+def gains(density: float, depth: int, vectors: int) -> bool:
+    """Whether the pattern of a weight should be machine code.
+
+    Args:
+        density: the share of the weights that are not zero.
+        depth: multiply-adds per output of the dense layer.
+        vectors: width of the tiles.
+    """
+    reached = 1 - (1 - density) ** MOST_ROWS  # of the input's vectors, by any of the rows
+    shared = MOST_ROWS * density / max(reached, 1e-9)
+    return vectors >= _VECTORS and shared >= _SHARED and density * depth >= _ENTRIES_PER_ROW
 
 
 def _evex(

@@ -6,15 +6,12 @@ from itertools import pairwise
 import numpy as np
 from torch import Tensor
 
-from autosparse_fx.kernels.machine_code import MOST_ROWS, group_code
+from autosparse_fx.kernels.machine_code import MOST_ROWS, gains, group_code
 from autosparse_fx.kernels.steps import ACTIVATIONS, MODES, Machine, Step, Window, round_up
 
 # For the packed channels of a tile. Taps of a grid are not aligned, which costs more from the second-level cache.
 CACHE_BYTES = {"grid": 32 * 1024, "planes": 0} | dict.fromkeys(("plain", "direct", "gathered", "strided"), 64 * 1024)
 GATHER_ROWS = 96  # of a weight, from which packing a row per tap pays
-# Machine code pays for rows of so many entries, where so many multiply-adds share a vector of the input, in tiles of so
-# many vectors: the first of them waits for instructions that come from memory.
-CODE_ENTRIES_PER_ROW, CODE_SHARED, CODE_VECTORS = 20, 2.5, 6
 JOINT_COLUMNS = 64  # of an image, up to which several stand side by side
 CODE_ENTRIES = 1000  # of a group of rows in a block, so that its instructions stay in the cache
 _ALIGNMENT = 64
@@ -103,7 +100,11 @@ class StepWriter:
         else:
             self.channel_stride = width * len(taps)
         self.density = float(step.weight.count_nonzero()) / max(1, step.weight.numel())
-        self.is_coded = machine.runs_code and (self._gains_by_code() if step.is_coded is None else step.is_coded)
+        self.is_coded = machine.runs_code and (
+            gains(self.density, self.group_channels * len(taps), self.vectors)
+            if step.is_coded is None
+            else step.is_coded
+        )
         wanted = step.block_channels or self._default_block_channels()
         if self.mode == "planes":
             wanted = self.group_channels  # sums between blocks are kept for one tile, and this has several
@@ -129,12 +130,6 @@ class StepWriter:
         if self.kernel == (1, 1) and window.padding == (0, 0):
             return "strided"
         return "gathered" if self.rows >= GATHER_ROWS else "grid"
-
-    def _gains_by_code(self) -> bool:
-        entries_per_row = self.density * self.group_channels * len(self.taps)
-        shared = MOST_ROWS * self.density / (1 - (1 - self.density) ** MOST_ROWS) if self.density else 0.0
-        wide = self.vectors >= CODE_VECTORS
-        return wide and shared >= CODE_SHARED and entries_per_row >= CODE_ENTRIES_PER_ROW
 
     def _default_block_channels(self) -> int:
         if self.is_coded:
