@@ -6,20 +6,24 @@ from autosparse_fx.config import AutoSparse
 from autosparse_fx.hidden.state import load_state_dict, state_dict
 from autosparse_fx.inference import repack
 from autosparse_fx.report import SparsityReport, report, sparsity, thresholds
+from autosparse_fx.sparse_files import SparseFileError, load_sparse, save_sparse
 from autosparse_fx.sparsify import dense_weights, finalize, sparsify
 from autosparse_fx.view.visualize import visualize
 
 __all__ = [
     "AutoSparse",
     "GradientAnnealing",
+    "SparseFileError",
     "SparsityReport",
     "advise",
     "dense_weights",
     "finalize",
+    "load_sparse",
     "load_state_dict",
     "param_groups",
     "repack",
     "report",
+    "save_sparse",
     "sparsify",
     "sparsity",
     "state_dict",
