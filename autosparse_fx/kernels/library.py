@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import re
 from functools import cache
 from pathlib import Path
 
@@ -16,12 +17,29 @@ HOME = 32  # where in a program its address stands, in bytes
 SOURCE = Path(__file__).with_name("sparse_program.cpp")
 
 
+def _source() -> str:
+    """The C++ in one piece, with each of its own headers where it is included first."""
+    seen: set[str] = set()
+
+    def inline(match: re.Match[str]) -> str:
+        name = match[1]
+        if name in seen:
+            return ""
+        seen.add(name)
+        return expand(SOURCE.with_name(name).read_text().replace("#pragma once\n", ""))
+
+    def expand(text: str) -> str:
+        return re.sub(r'^#include "(\w+\.h)"$', inline, text, flags=re.MULTILINE)
+
+    return expand(SOURCE.read_text())
+
+
 class KernelLibrary:
     """The functions of ``sparse_program.cpp``."""
 
     def __init__(self) -> None:
         self._homes: dict[bytes, Tensor] = {}
-        self._functions = _compat.compile_cpp(SOURCE.read_text())
+        self._functions = _compat.compile_cpp(_source())
         self._run = self._functions.run_sparse_program
         self._run.restype = ctypes.c_bool
         pointer, number = ctypes.c_void_p, ctypes.c_int64

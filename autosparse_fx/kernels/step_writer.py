@@ -12,6 +12,7 @@ from autosparse_fx.kernels.steps import ACTIVATIONS, MODES, Machine, Step, Windo
 # For the packed channels of a tile. Taps of a grid are not aligned, which costs more from the second-level cache.
 CACHE_BYTES = {"grid": 32 * 1024, "planes": 0} | dict.fromkeys(("plain", "direct", "gathered", "strided"), 64 * 1024)
 GATHER_ROWS = 96  # of a weight, from which packing a row per tap pays
+CODE_TILE = 16
 JOINT_COLUMNS = 64  # of an image, up to which several stand side by side
 CODE_ENTRIES = 1000  # of a group of rows in a block, so that its instructions stay in the cache
 _ALIGNMENT = 64
@@ -62,9 +63,10 @@ class _Planes:
         return _Planes(phases, reach, window.out_size[1] + reach[1], touched_rows + reach[0])
 
 
-def _tile_vectors(columns: int, machine: Machine) -> int:
+def _tile_vectors(columns: int, machine: Machine, most: int) -> int:
+    """As few tiles as there can be, all of about the same width."""
     vectors = -(-columns // machine.vector_length)
-    tiles = -(-vectors // machine.most_vectors)
+    tiles = -(-vectors // most)
     return -(-vectors // tiles)
 
 
@@ -86,7 +88,14 @@ class StepWriter:
         pitch = _Planes.of(self.window, self.kernel, 1).pitch
         self.pitch = pitch if self.mode in ("grid", "planes") else out_width
         self.columns = (height - 1) * self.pitch + out_width
-        self.vectors = step.vectors or _tile_vectors(tokens or self.columns * max(1, images), machine)
+        self.depth = self.group_channels * self.kernel[0] * self.kernel[1]
+        self.density = float(step.weight.count_nonzero()) / max(1, step.weight.numel())
+        columns = tokens or self.columns * max(1, images)
+        narrow = _tile_vectors(columns, machine, machine.most_vectors)
+        by_code = gains(self.density, self.depth, narrow) if step.is_coded is None else step.is_coded
+        self.is_coded = machine.runs_code and by_code
+        wide = _tile_vectors(columns, machine, CODE_TILE)
+        self.vectors = step.vectors or (wide if self.is_coded and not tokens else narrow)
         width = self.width = self.vectors * machine.vector_length
         touched = height if self.mode == "planes" or images else -(-(width + self.pitch - 1) // self.pitch)
         self.planes = _Planes.of(self.window, self.kernel, min(touched, height))
@@ -99,12 +108,6 @@ class StepWriter:
             self.channel_stride = round_up(floats, machine.vector_length)
         else:
             self.channel_stride = width * len(taps)
-        self.density = float(step.weight.count_nonzero()) / max(1, step.weight.numel())
-        self.is_coded = machine.runs_code and (
-            gains(self.density, self.group_channels * len(taps), self.vectors)
-            if step.is_coded is None
-            else step.is_coded
-        )
         wanted = step.block_channels or self._default_block_channels()
         if self.mode == "planes":
             wanted = self.group_channels  # sums between blocks are kept for one tile, and this has several

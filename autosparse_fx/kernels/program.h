@@ -1,0 +1,115 @@
+// What a program consists of, as program.py lays it out, and where its parts lie in a run.
+#pragma once
+
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <cstdint>
+
+namespace {
+
+using Vec = at::vec::Vectorized<float>;
+constexpr int VL = Vec::size();
+constexpr int REGISTERS = 8;  // of a row, in the widest tile whose rows are computed in registers
+constexpr int MAX_NV = 16;  // vectors of the widest tile
+// How much further the arguments of machine code point (see machine_code.py).
+constexpr int64_t X_BIAS = 128 * 64, WEIGHT_BIAS = 128 * 4;
+
+struct Entry {
+  int32_t offset;  // bytes from the start of the tile in the packed block, or in the source where it is read directly
+  float value;
+};
+
+struct Block {  // rows [row0, row1) over input channels [channel0, channel1)
+  int64_t row0, row1, channel0, channel1, first, last;
+  int64_t starts;  // byte position in data: row1 - row0 + 1 positions in entries, int32
+  int64_t entries;
+  int64_t groups, group_count;  // instead of the entries, where the pattern is machine code
+};
+
+struct Group {  // rows [row0, row1) as machine code
+  int64_t row0, row1;
+  int64_t code, weights;  // byte positions in data
+};
+
+struct Buffer {
+  int64_t kind;  // 0: in the arena, 1: an input, 2: an output
+  int64_t index;  // byte position in the arena, or number of the input or output
+  int64_t row_stride;  // floats from one channel to the next
+  int64_t column_stride;  // floats from one column to the next: 1, or the channels where they are contiguous (tokens)
+  // Floats from one image to the next, or from one token to the next; 0 in the arena where every image has the same
+  // place.
+  int64_t unit_stride;
+  // Floats to go on with every tile besides its width; not 0 for a buffer that holds tile after tile of its steps. And
+  // the same where one thread works on the whole image: a tile that only its own chain reads may be overwritten then.
+  int64_t tile_step, alone_tile_step;
+};
+
+struct Phase {  // of a stride: row r of its plane is row stride_y * r + y of the input, column q is stride_x * q + start
+  int64_t y, start;
+  int64_t first, stop;  // columns that are not padding
+};
+
+enum Mode : int64_t {
+  PLAIN,  // 1x1, stride 1: columns are taken as they are
+  DIRECT,  // the same, read where it lies: the source is in tiles
+  GRID,
+  GATHERED,
+  PLANES,  // of groups: like GRID, but the whole planes of a group's channels, for all of its columns
+  STRIDED,  // 1x1, without padding: columns are picked one by one, from whatever layout the source has
+};
+
+enum Activation : int64_t { NONE, RELU, CLAMP, GELU, GELU_TANH, SILU, HARDSWISH, SIGMOID };
+
+struct Step {
+  int64_t source, target, residual;  // numbers of buffers; residual -1 for none
+  int64_t activation;
+  double low, high;  // of CLAMP
+  int64_t rows;
+  int64_t in_height, in_width, out_height, out_width;
+  int64_t stride_y, stride_x;
+  int64_t pitch;  // of the grid; out_width where columns and grid are the same
+  int64_t columns;  // of the grid, for one image
+  int64_t vectors;  // width of a tile
+  int64_t mode;
+  int64_t channel_stride;  // floats of one channel in the packed block
+  int64_t plane_pitch;  // floats of a row of a zero-padded plane
+  int64_t phase_rows;  // grid rows that are packed per tile, and per image of it
+  int64_t phase_stride;  // floats of one phase
+  int64_t phases;  // byte position in data
+  int64_t phase_count;
+  int64_t taps;  // byte position in data: where each tap starts in the planes, int64
+  int64_t tap_count;
+  int64_t bias;  // byte position in data, rows floats
+  int64_t blocks;  // byte position in data
+  int64_t block_count;
+  int64_t row_cost;  // byte position in data: rows + 1 running sums of entries, int64
+  int64_t block_channels;  // the most channels of any block
+  int64_t joint;  // all images of a unit side by side; so are they in all steps behind the first such one
+  int64_t chain;  // this step and so many behind it, less one, are worked on tile by tile: each reads the one before
+};
+
+struct Header {
+  int64_t steps, step_count, buffers;  // byte positions in data
+  int64_t arena_bytes;
+  int64_t home;  // the address of a program with machine code, which can be executed nowhere else; 0 without
+  int64_t is_tokens;  // units are chunks of tokens instead of images
+  int64_t per_unit;  // tokens of a chunk, or the most images that one thread works on at a time
+};
+
+// One tile of one step, as the threads of a team see it.
+struct Tile {
+  int64_t column0, columns;  // in the grid
+  int64_t row0, row1;  // of the output, this thread's
+};
+
+struct Place {  // where a buffer lies, for one image or for all images that are side by side
+  float* data;
+  int64_t row_stride, column_stride, tile_step, image_stride;
+
+  Place in_tile(int64_t tile) const {
+    return {data + tile * tile_step, row_stride, column_stride, tile_step, image_stride};
+  }
+};
+
+}  // namespace
