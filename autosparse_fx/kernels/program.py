@@ -42,7 +42,8 @@ def assemble(
         steps: in the order in which they run.
         buffers: what the numbers in the steps mean.
         machine: what the C++ was compiled for.
-        images: that one thread will work on, about; the last steps may take them side by side.
+        images: that one thread will work on, about; the last steps may take them side by side. 0 where threads are
+            more than images, and share them.
         is_tokens: inputs and outputs are ``[tokens, channels]``, worked on in chunks of tokens, and every step is 1x1.
 
     Raises:
@@ -54,7 +55,7 @@ def assemble(
     header_size = 8 * 7
     blob.add(np.zeros(header_size, np.uint8))
     chunk = machine.most_vectors * machine.vector_length if is_tokens else 0
-    writers = [StepWriter(step, machine, chunk) for step in steps]
+    writers = [StepWriter(step, machine, chunk, is_shared=images < 1) for step in steps]
     side_by_side = 1 if is_tokens else max(1, min(images, MOST_IMAGES))
     joint_from = _joint_from(writers) if side_by_side > 1 else len(steps)
     writers[joint_from:] = [StepWriter(step, machine, images=side_by_side) for step in steps[joint_from:]]

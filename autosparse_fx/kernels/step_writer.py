@@ -76,9 +76,12 @@ class StepWriter:
     Args:
         tokens: the most that are worked on at a time, or 0 for images.
         images: the most that are worked on side by side, or 0 where each is worked on by itself.
+        is_shared: threads share the tiles of an image, so that there should be several.
     """
 
-    def __init__(self, step: Step, machine: Machine, tokens: int = 0, images: int = 0) -> None:
+    def __init__(
+        self, step: Step, machine: Machine, tokens: int = 0, images: int = 0, *, is_shared: bool = False
+    ) -> None:
         self.images = images
         self.step, self.window = step, step.window
         self.rows, self.group_channels, *kernel = step.weight.shape
@@ -95,7 +98,7 @@ class StepWriter:
         by_code = gains(self.density, self.depth, narrow) if step.is_coded is None else step.is_coded
         self.is_coded = machine.runs_code and by_code
         wide = _tile_vectors(columns, machine, CODE_TILE)
-        self.vectors = step.vectors or (wide if self.is_coded and not tokens else narrow)
+        self.vectors = step.vectors or (wide if self.is_coded and not (tokens or is_shared) else narrow)
         width = self.width = self.vectors * machine.vector_length
         touched = height if self.mode == "planes" or images else -(-(width + self.pitch - 1) // self.pitch)
         self.planes = _Planes.of(self.window, self.kernel, min(touched, height))

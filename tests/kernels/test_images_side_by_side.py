@@ -110,3 +110,11 @@ def test_one_image_per_thread_keeps_narrow_tiles() -> None:
     net, outputs = narrowing()
     assert torch.equal(net.assemble(outputs, False, 1).data, net.assemble(outputs, False, 0).data)
     assert not torch.equal(net.assemble(outputs, False, 1).data, net.assemble(outputs, False, 2).data)
+
+
+def test_shared_images_have_tiles_to_share() -> None:
+    """Machine code likes wide tiles, but an image that threads share needs one for each of them."""
+    net = Net()
+    net.layer(net.input(256, 14), 256, is_coded=machine().runs_code)
+    [step] = net.steps
+    assert StepWriter(step, machine(), is_shared=True).width < net.sizes[1][1][0] ** 2
