@@ -61,8 +61,11 @@ def _times(value: float | None) -> str:
 
 def _faster_at_low_precision(result: Result) -> str:
     """The dense bfloat16 systems that are faster than sparse float32, and by how much."""
-    ratios = {name: speedup(result, name, "autosparse") for name, system in SYSTEMS.items() if system.low_precision}
-    return ", ".join(f"{name} ({ratio:.2f}x)" for name, ratio in ratios.items() if ratio and ratio > 1) or "none"
+    found = {name: speedup(result, name, "autosparse") for name, system in SYSTEMS.items() if system.low_precision}
+    ratios = {name: ratio for name, ratio in found.items() if ratio}
+    if not ratios:
+        return "-"
+    return ", ".join(f"{name} ({ratio:.2f}x)" for name, ratio in ratios.items() if ratio > 1) or "none"
 
 
 def _column(result: Result) -> tuple[int, int]:
