@@ -144,7 +144,11 @@ def sm90_codes(monkeypatch: pytest.MonkeyPatch) -> Any:
         }
         on_interface = {name: staticmethod(answer) for name, answer in answers.items()}
         with (
-            mock.patch.multiple(torch.cuda, get_device_capability=lambda device=None: (9, 0), **answers),
+            # Unavailable, or Inductor would keep the state of its random numbers. Lightning, once imported by another test,
+            # has torch.cuda.is_available() ask device_count().
+            mock.patch.multiple(
+                torch.cuda, is_available=lambda: False, get_device_capability=lambda device=None: (9, 0), **answers
+            ),
             mock.patch.multiple(device_interface.CudaInterface, **on_interface),
             mock.patch.dict(device_interface.caching_worker_device_properties, {"cuda": [SM90]}),
             mock.patch.dict(device_interface.caching_worker_current_devices, {"cuda": 0}),
