@@ -16,6 +16,8 @@ from autosparse_fx import _compat
 
 __all__ = ["anneal_gradient", "threshold_mask"]
 
+BLOCK = 2**18  # elements of a weight that are summed at a time in eager mode: their temporaries fit into a core's cache
+
 _library = torch.library.Library("autosparse", "DEF")
 _library.define(
     "threshold_mask(Tensor weight, Tensor threshold, Tensor alpha) -> Tensor",
@@ -152,17 +154,28 @@ def _anneal_gradient_backward(ctx, grad_dw, grad_ds):  # type: ignore[no-untyped
     return grad_grad.to(grad.dtype), None, grad_threshold.to(threshold.dtype), None
 
 
-def signed_sum(grad: Tensor, sign: Tensor) -> Tensor:
-    """Return the sum over ``grad * sign``, of shape ``[1]``, without a temporary tensor; both have the same strides."""
-    order = sorted(range(sign.dim()), key=lambda d: sign.stride()[d], reverse=True)  # memory order: flat is a view
-    return torch.dot(grad.permute(order).reshape(-1), sign.permute(order).reshape(-1)).reshape(1)
+def signed_sum(grad: Tensor, weight: Tensor) -> Tensor:
+    """Return the sum over ``grad * sign(weight)``, of shape ``[1]``; both have the same dense strides.
+
+    On the CPU block by block, so that the signs stay in the cache: a temporary tensor as large as a weight would cost
+    several times as much as the sum.
+    """
+    grad, weight = _flat(grad, weight), _flat(weight, weight)
+    size = BLOCK if weight.device.type == "cpu" else max(1, weight.numel())
+    blocks = zip(grad.split(size), weight.split(size), strict=True)
+    return torch.stack([torch.dot(g, torch.sign(w).to(g.dtype)) for g, w in blocks]).sum().reshape(1)
+
+
+def _flat(t: Tensor, like: Tensor) -> Tensor:
+    """``t`` in the memory order of ``like``: a view where it is dense."""
+    return t.permute(sorted(range(like.dim()), key=lambda d: like.stride()[d], reverse=True)).reshape(-1)
 
 
 def _threshold_mask_kernel(weight: Tensor, threshold: Tensor, alpha: Tensor) -> Tensor:
     """The decomposition with one temporary tensor less: in eager mode memory is what it costs."""
     _check(weight, threshold)
     w = weight.to(_compute_dtype(weight))
-    cut = torch.sigmoid(threshold.to(w.dtype))
+    cut = _eager_cut(w, threshold)
     clamped = torch.clamp(w, -cut, cut)
     return torch.sub(w, clamped, out=clamped).to(weight.dtype)
 
@@ -175,13 +188,30 @@ def _anneal_gradient_kernel(grad: Tensor, weight: Tensor, threshold: Tensor, alp
     w = weight.to(_compute_dtype(weight))
     grad = grad.to(w.dtype)
     cut = torch.sigmoid(threshold.to(w.dtype))
-    scratch = w.abs()
-    kept = scratch > cut
-    annealed = torch.mul(grad, alpha.to(w.dtype))
-    torch.where(kept, grad, annealed, out=annealed)
-    torch.sign(w, out=scratch)
-    total = signed_sum(annealed, scratch) if threshold.shape == (1,) else _sum_to(scratch.mul_(annealed), threshold)
+    annealed = _anneal(grad, w, threshold, alpha)
+    if threshold.shape == (1,):
+        total = signed_sum(annealed, w)
+    else:
+        total = _sum_to(torch.sign(w).mul_(annealed), threshold)
     return annealed.to(weight.dtype), (-cut * (1 - cut) * total).to(threshold.dtype)
+
+
+def _anneal(grad: Tensor, w: Tensor, threshold: Tensor, alpha: Tensor) -> Tensor:
+    """``grad`` where ``|w|`` is above the cut, ``alpha * grad`` elsewhere."""
+    scratch = w.abs()
+    cut = _eager_cut(w, threshold)
+    if w.device.type == "cpu":
+        # Comparing and selecting run on one number at a time there; this does the same in vector registers.
+        scratch.sub_(cut)
+        return torch.ops.aten.leaky_relu_backward.grad_input(grad, scratch, alpha.item(), False, grad_input=scratch)
+    annealed = torch.mul(grad, alpha.to(w.dtype))
+    return torch.where(scratch > cut, grad, annealed, out=annealed)
+
+
+def _eager_cut(w: Tensor, threshold: Tensor) -> Tensor | float:
+    """The cut in the dtype of ``w``; as a number on the CPU, where reading it is free and arithmetic with it faster."""
+    cut = torch.sigmoid(threshold.to(w.dtype))
+    return cut.item() if w.device.type == "cpu" and cut.numel() == 1 else cut
 
 
 _library.impl("threshold_mask", _threshold_mask_kernel, "CompositeExplicitAutograd")

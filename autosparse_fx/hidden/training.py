@@ -152,12 +152,12 @@ def _threshold_gradient(weight: Tensor, grad: Tensor, mask: HiddenMask) -> Tenso
     if grad.is_sparse:
         raise RuntimeError(f"weight '{mask.weight.name}' has a sparse gradient, which cannot be masked: {_CURE}")
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    sign, grad = torch.sign(weight).to(dtype), grad.to(dtype)
+    grad = grad.to(dtype)
     s = mask.offset + mask.plan.config.threshold_scale * mask.threshold
     if s.shape[0] == 1:
-        total = signed_sum(grad, sign)
+        total = signed_sum(grad, weight)
     else:
-        total = (sign * grad).sum([d for d in range(sign.dim()) if d != mask.axis])
+        total = (torch.sign(weight) * grad).sum([d for d in range(weight.dim()) if d != mask.axis])
     cut = torch.sigmoid(s)
     return (-mask.plan.config.threshold_scale * cut * (1 - cut) * total).to(torch.float32)
 
