@@ -361,11 +361,6 @@ def is_module_state(node: Node) -> bool:
     return "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
 
 
-def tensor_version(tensor: Tensor) -> int:
-    """The number of writes to a tensor that autograd knows of; 0 where none are counted. 2.11-2.15."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
 def tracing_again(inputs: Sequence[Any]) -> Any:
     """Within it a graph is traced and compiled apart from any compilation, for fake inputs of one. 2.11-2.15."""
     from torch._guards import TracingContext, tracing

@@ -10,7 +10,6 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -70,29 +69,56 @@ def _may_run_sparse(tensor: Tensor) -> bool:
     return tensor.dim() >= 2 and not lacking(tensor)
 
 
-@dataclass(frozen=True)
 class _Compiled:
-    """What a graph became for certain tensors."""
+    """What a graph became for certain tensors, which it does not hold.
 
-    tensors: list[Callable[[], Tensor | None]]
-    versions: list[int] | None  # of the tensors, where they are constants of the function
-    function: Callable[..., Any]
-    arguments: list[int]  # the numbers of those that the function takes
-    rewrites: int  # of the tensors, until now
-    probes: list[tuple[Any, float]]  # a NumPy view of each buffer, and its first value; see _probes
+    Args:
+        tensors: weights and buffers.
+        function: what to call.
+        arguments: the numbers of the arguments that the function takes.
+        versions: of the tensors, where they are constants of the function.
+        rewrites: of the tensors, until now.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        function: Callable[..., Any],
+        arguments: Sequence[int],
+        *,
+        versions: list[int] | None,
+        rewrites: int,
+    ) -> None:
+        self.function, self.arguments, self.rewrites = function, list(arguments), rewrites
+        self._versions = versions
+        self._probes = [] if versions is None else _probes(tensors)
+        self._gone: list[object] = []
+        # Their numbers are compared at every call, which takes less than looking at references; those only tell when a
+        # number may have come to mean another tensor.
+        self._ids = [id(tensor) for tensor in tensors]
+        self._refs = [weakref.ref(tensor, self._gone.append) for tensor in tensors]
 
     def is_for(self, tensors: Sequence[Tensor]) -> bool:
-        return all(ref() is tensor for ref, tensor in zip(self.tensors, tensors, strict=True))
+        return not self._gone and self._ids == [id(tensor) for tensor in tensors]
 
-    def fits(self, tensors: Sequence[Tensor], versions: list[int]) -> bool:
-        if self.versions is None:
-            return self.is_for(tensors)
-        unchanged = self.versions == versions and all(view.item(0) == value for view, value in self.probes)
-        return unchanged and self.is_for(tensors)
+    def fits(self, tensors: Sequence[Tensor]) -> bool:
+        if not self.is_for(tensors):
+            return False
+        if self._versions is None:
+            return True
+        return self._versions == _versions(tensors) and all(view.item(0) == value for view, value in self._probes)
+
+    def is_for_any(self, ids: set[int]) -> bool:
+        return not ids.isdisjoint(self._ids)
 
     @property
     def is_dead(self) -> bool:
-        return any(ref() is None for ref in self.tensors)
+        return bool(self._gone)
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    """The numbers of writes to tensors that autograd knows of; 0 where none are counted."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 class FrozenGraph:
@@ -113,7 +139,7 @@ class FrozenGraph:
     def forget(self, tensors: set[int]) -> int:
         """Drop what was compiled for any of these tensors, by id; return how many that were."""
         with self._lock:
-            kept = [c for c in self._compiled if not tensors & {id(ref()) for ref in c.tensors}]
+            kept = [c for c in self._compiled if not c.is_for_any(tensors)]
             dropped = len(self._compiled) - len(kept)
             self._compiled = kept
         return dropped
@@ -121,36 +147,26 @@ class FrozenGraph:
     def compile_for(self, tensors: Sequence[Tensor], rewrites: int = 0) -> bool:
         """Compile for these weights as constants; return False where no layer would run sparse."""
         graph = with_constants(self._graph, dict(zip(self._state, tensors, strict=True)))
-        versions = [_compat.tensor_version(tensor) for tensor in tensors]
+        versions = _versions(tensors)
         if not _make_sparse(graph):
             return False
         inputs = [self._example_inputs[number] for number in self._rest]
         patches = {"freezing": True, "layout_optimization": False, **self._patches}
         function = _compat.compile_with_inductor(graph, inputs, patches)
-        self._keep(tensors, versions, function, self._rest, rewrites)
+        self._keep(tensors, _Compiled(tensors, function, self._rest, versions=versions, rewrites=rewrites))
         return True
 
-    def _keep(
-        self,
-        tensors: Sequence[Tensor],
-        versions: list[int] | None,
-        function: Callable[..., Any],
-        arguments: Sequence[int],
-        rewrites: int,
-    ) -> None:
-        refs = [_compat.weak_tensor_ref(tensor) for tensor in tensors]
+    def _keep(self, tensors: Sequence[Tensor], compiled: _Compiled) -> None:
         others = [c for c in self._compiled if not c.is_dead and not c.is_for(tensors)]
-        probes = [] if versions is None else _probes(tensors)
-        self._compiled = [_Compiled(refs, versions, function, list(arguments), rewrites, probes), *others]
+        self._compiled = [compiled, *others]
 
     def __call__(self, *args: Any) -> Any:
         tensors = [args[number] for number in self._state]
-        versions = [_compat.tensor_version(tensor) for tensor in tensors]
         for compiled in self._compiled:
-            if compiled.fits(tensors, versions):
+            if compiled.fits(tensors):
                 return compiled.function(*[args[number] for number in compiled.arguments])
         with self._lock:
-            if not any(compiled.fits(tensors, versions) for compiled in self._compiled):  # by another thread
+            if not any(compiled.fits(tensors) for compiled in self._compiled):  # by another thread
                 self._adapt_to(tensors)
         return self(*args)
 
@@ -165,7 +181,8 @@ class FrozenGraph:
             if self._dense is None:
                 graph = _compat.copy_graph_module(self._graph)
                 self._dense = _compat.compile_with_inductor(graph, self._example_inputs, self._patches)
-        self._keep(tensors, None, self._dense, range(len(self._example_inputs)), rewrites)
+        arguments = range(len(self._example_inputs))
+        self._keep(tensors, _Compiled(tensors, self._dense, arguments, versions=None, rewrites=rewrites))
 
 
 def _probes(tensors: Sequence[Tensor]) -> list[tuple[Any, float]]:

@@ -189,10 +189,7 @@ def _anneal_gradient_kernel(grad: Tensor, weight: Tensor, threshold: Tensor, alp
     grad = grad.to(w.dtype)
     cut = torch.sigmoid(threshold.to(w.dtype))
     annealed = _anneal(grad, w, threshold, alpha)
-    if threshold.shape == (1,):
-        total = signed_sum(annealed, w)
-    else:
-        total = _sum_to(torch.sign(w).mul_(annealed), threshold)
+    total = signed_sum(annealed, w) if threshold.shape == (1,) else _sum_to(torch.sign(w).mul_(annealed), threshold)
     return annealed.to(weight.dtype), (-cut * (1 - cut) * total).to(threshold.dtype)
 
 

@@ -23,7 +23,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent
 TRAINER = ROOT.parent / "examples" / "train_image_classifier.py"
 SEEDS = 3
-MORE_SEEDS = 6  # for the two lines that come closest to the limit that was set for them, and for what they are compared to
+MORE_SEEDS = (
+    6  # for the two lines that come closest to the limit that was set for them, and for what they are compared to
+)
 
 FASHION = ("--data", "fashion-mnist", "--batch-size", "128")
 RECIPES = {

@@ -3,7 +3,7 @@
 import gc
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,7 +13,7 @@ from kernels.graphs import prune
 from kernels.models import Mlp, Seen, Stack, assert_same, check, compiled, dense, inputs_of, made
 from torch import Tensor, nn
 
-from autosparse_fx import _compat, inference
+from autosparse_fx import inference
 
 X = torch.randn(2, 16, 12, 14, generator=torch.Generator().manual_seed(0))
 
@@ -189,16 +189,16 @@ def test_threads_that_meet_a_write_compile_once_and_stay_sparse(seen: Seen, monk
         model.first.weight.mul_(2.0)
     expected = dense(model, X)
     count = inference.MOST_REWRITES + 4
-    arrived, local, original = threading.Barrier(count), threading.local(), _compat.tensor_version
+    arrived, local, original = threading.Barrier(count), threading.local(), inference._versions
 
-    def tensor_version(tensor: Tensor) -> int:
+    def versions(tensors: Sequence[Tensor]) -> list[int]:
         """All threads are inside of a call before one compares versions."""
         if not hasattr(local, "waited"):
             local.waited = True
             arrived.wait(60)
-        return original(tensor)
+        return original(tensors)
 
-    monkeypatch.setattr(_compat, "tensor_version", tensor_version)
+    monkeypatch.setattr(inference, "_versions", versions)
 
     def work(_: int) -> None:
         with torch.no_grad():
@@ -208,7 +208,7 @@ def test_threads_that_meet_a_write_compile_once_and_stay_sparse(seen: Seen, monk
     together(count, work)
     assert seen.compilations == before + 1
     programs = seen.programs
-    monkeypatch.setattr(_compat, "tensor_version", original)
+    monkeypatch.setattr(inference, "_versions", original)
     check(fast, model, X)
     assert seen.programs == programs + 1
 
