@@ -144,7 +144,7 @@ def sm90_codes(monkeypatch: pytest.MonkeyPatch) -> Any:
         }
         on_interface = {name: staticmethod(answer) for name, answer in answers.items()}
         with (
-            # Unavailable, or Inductor would keep the state of its random numbers. Lightning, once another test imports it,
+            # Unavailable, or Inductor would keep the state of its random numbers. Lightning, once a test imports it,
             # has torch.cuda.is_available() ask device_count().
             mock.patch.multiple(
                 torch.cuda, is_available=lambda: False, get_device_capability=lambda device=None: (9, 0), **answers

@@ -139,9 +139,7 @@ def test_best_model_is_one_that_is_sparse(tmp_path: Path) -> None:
         compute_metrics=lambda _: {"grown": float(run.state.global_step)}, **arguments,
     )  # fmt: skip
     run.train()
-    assert (
-        0.5 * STEPS <= run.state.best_global_step <= 0.8 * STEPS
-    )  # the target comes at 0.6, but for half a point
+    assert 0.5 * STEPS <= run.state.best_global_step <= 0.8 * STEPS  # the target comes at 0.6, but for half a point
     assert autosparse_fx.sparsity(model) == pytest.approx(0.9, abs=0.005)
     assert model.state_dict().keys() == gpt2().state_dict().keys()
 
