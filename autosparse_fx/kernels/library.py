@@ -43,7 +43,7 @@ class KernelLibrary:
         self._run = self._functions.run_sparse_program
         self._run.restype = ctypes.c_bool
         pointer, number = ctypes.c_void_p, ctypes.c_int64
-        self._run.argtypes = [pointer, pointer, pointer, pointer, number, number]
+        self._run.argtypes = [pointer, pointer, pointer, pointer, number, number, pointer]
         self._make_executable = self._functions.make_executable
         self._make_executable.restype = number
         self._make_executable.argtypes = [pointer, number]
@@ -70,13 +70,16 @@ class KernelLibrary:
         """Bring a program with machine code to where it can run."""
         return executable(program, HOME, self._seal)
 
-    def run(self, program: Tensor, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    def run(
+        self, program: Tensor, inputs: list[Tensor], outputs: list[Tensor], seconds: Tensor | None = None
+    ) -> None:
         """Run an assembled program (see ``program.py``).
 
         Args:
             program: uint8.
             inputs: float32 ``[batch, ...]``, contiguous, or in the channels-last format where the program allows it.
             outputs: float32 ``[batch, ...]``, contiguous; written to.
+            seconds: float64 ``[steps]``; what each step took one of the threads, waiting included, is added to it.
         """
         pointers, results = ctypes.c_void_p * len(inputs), ctypes.c_void_p * len(outputs)
         arguments = (
@@ -85,6 +88,7 @@ class KernelLibrary:
             results(*(y.data_ptr() for y in outputs)),
             inputs[0].shape[0],
             torch.get_num_threads(),
+            None if seconds is None else seconds.data_ptr(),
         )
         if not self._run(program.data_ptr(), *arguments):
             self._run(self._at_home(program).data_ptr(), *arguments)

@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <cstdint>
 
 #if defined(__linux__)
@@ -122,9 +123,10 @@ extern "C" int64_t make_executable(void* program, int64_t bytes) {
 
 // inputs, outputs: float32, [batch, channels, ...] images, or [batch, channels] tokens. batch: images or tokens.
 // is_channels_last: of each input, whether its channels are contiguous; only for those that are read in the modes
-// PLAIN and STRIDED. False for a copy of a program with machine code, in memory that cannot be executed.
+// PLAIN and STRIDED. seconds: of each step, what it took one of the threads is added to it, with what that thread waited
+// for others afterwards; or null. False for a copy of a program with machine code, in memory that cannot be executed.
 extern "C" bool run_sparse_program(const char* data, const float* const* inputs, const bool* is_channels_last,
-                                   float* const* outputs, int64_t batch, int64_t threads) {
+                                   float* const* outputs, int64_t batch, int64_t threads, double* seconds) {
   const Header& h = *reinterpret_cast<const Header*>(data);
   if (h.home != 0 && h.home != reinterpret_cast<int64_t>(data)) return false;
   if (batch == 0) return true;
@@ -155,42 +157,51 @@ extern "C" bool run_sparse_program(const char* data, const float* const* inputs,
     return {base, b.row_stride, b.column_stride, is_alone ? b.alone_tile_step : b.tile_step, b.unit_stride};
   };
   // Runs the step and the rest of its chain, and returns the step behind.
-  auto run_chain = [&](const Step* s, int64_t columns, auto at, int64_t member, int64_t team) {
+  auto run_chain = [&](const Step* s, int64_t columns, auto at, int64_t member, int64_t team, double* timed) {
+    auto clocked = [&](const Step* step, auto work) {
+      if (timed == nullptr) return work();
+      const auto start = std::chrono::steady_clock::now();
+      work();
+      timed[step - steps] += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    };
     const Step* chain = s + s->chain;
     const Share share(*s, columns, member, team);
     if (share.row_parts > 1) chain = s + 1;  // the next step needs rows of other members
     for (int64_t part = share.first; part < share.stop; ++part) {
       for (const Step* link = s; link < chain; ++link) {
         const Places places{at(link->source), at(link->target), at(link->residual)};
-        run_part(*link, data, places, columns, share, part);
+        clocked(link, [&] { run_part(*link, data, places, columns, share, part); });
       }
     }
-    barrier.wait(team);
+    clocked(chain - 1, [&] { barrier.wait(team); });
     return chain;
   };
-  auto run_unit = [&](int64_t first, int64_t count, char* arena, int64_t member, int64_t team) {
+  auto run_unit = [&](int64_t first, int64_t count, char* arena, int64_t member, int64_t team, double* timed) {
     const Step *begin = steps, *stop = steps + h.step_count;
     for (int64_t image = 0; !h.is_tokens && image < count; ++image) {
       auto at = [&](int64_t number) { return place(number, first, image, arena, team == 1); };
-      for (begin = steps; begin < stop && !begin->joint;) begin = run_chain(begin, begin->columns, at, member, team);
+      for (begin = steps; begin < stop && !begin->joint;) {
+        begin = run_chain(begin, begin->columns, at, member, team, timed);
+      }
     }
     auto at = [&](int64_t number) { return place(number, first, 0, arena, team == 1); };
     while (begin < stop) {
-      begin = run_chain(begin, h.is_tokens ? count : count * begin->columns, at, member, team);
+      begin = run_chain(begin, h.is_tokens ? count : count * begin->columns, at, member, team, timed);
     }
   };
 #pragma omp parallel num_threads(int(threads))
   {
     int64_t member = omp_get_thread_num(), team = omp_get_num_threads();
+    double* timed = member == 0 ? seconds : nullptr;
     auto run_own = [&](int64_t from, int64_t to) {
       if (from == to) return;
       char* own = arena_memory.get(h.arena_bytes);
-      for (int64_t i = from; i < to; i += per_unit) run_unit(i, std::min(per_unit, to - i), own, 0, 1);
+      for (int64_t i = from; i < to; i += per_unit) run_unit(i, std::min(per_unit, to - i), own, 0, 1, timed);
     };
     if (team == threads) {
       run_own(edge(member), edge(member + 1));
       if (edge(threads) < batch) barrier.wait(team);  // the shared memory is also one thread's own
-      for (int64_t i = edge(threads); i < batch; ++i) run_unit(i, 1, shared, member, team);
+      for (int64_t i = edge(threads); i < batch; ++i) run_unit(i, 1, shared, member, team, timed);
     } else if (member == 0) {  // fewer threads than were asked for
       run_own(0, batch);
     }
