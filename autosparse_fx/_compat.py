@@ -3,6 +3,7 @@
 Versions: torch 2.11.0 (the oldest supported) and 2.15.0.
 """
 
+import functools
 import inspect
 import logging
 import re
@@ -258,20 +259,25 @@ def graph_break_reasons() -> Iterator[list[str]]:
         reasons.extend(reason.strip().splitlines()[0] for reason in new if reason.strip())
 
 
-def restore_parameter_taken_by_weight_norm(module: nn.Module, name: str) -> None:
-    """Give back what the old ``torch.nn.utils.weight_norm`` deleted before it was refused. 2.11-2.15.
+def is_read_by_weight_norm() -> bool:
+    """Whether the old ``torch.nn.utils.weight_norm`` asks for a weight, which it then deletes. 2.11-2.15.
 
-    It deletes the parameter first and registers its own afterwards. By then only its local variable, the masked weight
-    that it read, leads back to the parameter, through autograd.
+    To be asked in a property: refusing later, when it registers parameters of its own, would be too late.
     """
-    frame = sys._getframe(2)
-    while frame is not None and "weight" not in frame.f_locals:
-        frame = frame.f_back  # type: ignore[assignment]
-    read = frame.f_locals["weight"] if frame is not None else None
-    for function, _ in getattr(getattr(read, "grad_fn", None), "next_functions", ()):
-        parameter = getattr(function, "variable", None)
-        if isinstance(parameter, nn.Parameter) and parameter.shape == read.shape:
-            module._parameters = {name: parameter, **module._parameters}
+    return sys._getframe(2).f_code is _weight_norm_code()
+
+
+@functools.cache
+def _weight_norm_code() -> Any:
+    from torch.nn.utils.weight_norm import WeightNorm
+
+    return inspect.unwrap(WeightNorm.apply).__code__
+
+
+def saved_tensor_hooks() -> tuple[Any, ...] | None:
+    """The hooks that autograd calls at the moment for what it saves for the backward pass, if any. 2.11-2.15."""
+    hooks: tuple[Any, ...] | None = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks
 
 
 def joint_graph(gm: GraphModule) -> GraphModule | None:

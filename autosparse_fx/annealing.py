@@ -3,22 +3,22 @@
 import operator
 import warnings
 import weakref
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from autosparse_fx.attach import masked_modules
+from autosparse_fx.consistency import refuse_broken_ties
 from autosparse_fx.decay import annealed_alpha
 from autosparse_fx.history import RECORDS, History
 from autosparse_fx.masked import ALPHA, alpha_of, logit, mask_state, reset_mask, stored_weight
+from autosparse_fx.optimizers import optimizer_steps, warn_of_late_weights, warn_of_untrained_parameters
 from autosparse_fx.plan import Plan
 from autosparse_fx.steering import SteeredWeight, scheduled_sparsity, steer
 
-__all__ = ["GradientAnnealing", "param_groups"]
+__all__ = ["GradientAnnealing"]
 
 MAX_STEPS_BETWEEN_SHIFTS = 20
 
@@ -44,10 +44,13 @@ class GradientAnnealing:
         history: alpha, sparsity and cuts over the training; see :class:`~autosparse_fx.history.History`.
 
     Raises:
-        ValueError: if the model is not sparse, or ``total_steps`` is not positive.
+        ValueError: if the model is not sparse, ``total_steps`` is not positive, or weights were tied or untied outside
+            of ``dense_weights``.
+        TypeError: if ``optimizer`` is not an optimizer.
 
     Warns:
-        UserWarning: if masked weights or thresholds are in none of the optimizer's groups.
+        UserWarning: if a layer joined the model after ``sparsify``, and so is dense; and at the second step, if masked
+            weights or thresholds are in none of the optimizers that have stepped by then.
     """
 
     def __init__(self, model: nn.Module, total_steps: int, optimizer: Optimizer | None = None) -> None:
@@ -63,8 +66,10 @@ class GradientAnnealing:
                 "parts of the model were prepared with different configurations, and alpha is one for the whole model: "
                 "sparsify the whole model once, with rules for its parts"
             )
-        if optimizer is not None:
-            _warn_of_missing_parameters(model, optimizer)
+        if optimizer is not None and not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        refuse_broken_ties(model)
+        warn_of_late_weights(model)
         self.total_steps = operator.index(total_steps)
         self._config = configs[0]
         self._plans = list(plans.values())
@@ -87,9 +92,11 @@ class GradientAnnealing:
                 previous.detach()
             _annealers[plan] = weakref.ref(self)
         self.continue_history(History())
+        optimizer_steps.start()
         if optimizer is not None:
             self._handle = optimizer.register_step_post_hook(self._after_optimizer_step)
         self._versions = self._weight_versions() if optimizer is None else None
+        self._unchecked_steps = 2
         self._write_alpha()
 
     @property
@@ -139,7 +146,8 @@ class GradientAnnealing:
         """Resume where :meth:`state_dict` was taken, alpha included.
 
         Raises:
-            ValueError: if a key is missing, or the training that was saved has another ``total_steps``.
+            ValueError: if a key is missing or wrong, or the training that was saved has another ``total_steps``. The
+                annealer is then as it was.
         """
         missing = {"steps", "total_steps"} - set(state)
         if missing:
@@ -149,9 +157,15 @@ class GradientAnnealing:
                 f"the saved training has total_steps={state['total_steps']}, this annealer {self.total_steps}: make it "
                 "with the same total_steps to resume"
             )
-        self._count = state["steps"]
-        if "history" in state:
-            self.continue_history(History.from_state(state["history"]))
+        steps = state["steps"]
+        if isinstance(steps, bool) or not isinstance(steps, int) or not 0 <= steps <= self.total_steps:
+            raise ValueError(
+                f"the annealer's state counts {steps!r} steps of {self.total_steps}: save annealer.state_dict()"
+            )
+        history = History.from_state(state["history"]) if "history" in state else None
+        self._count = steps
+        if history is not None:
+            self.continue_history(history)
         for plan in self._plans:
             plan.annealed_steps = self._count
         self._write_alpha()
@@ -177,6 +191,10 @@ class GradientAnnealing:
                 )
             return
         self._count += 1
+        if self._unchecked_steps > 0:
+            self._unchecked_steps -= 1
+            if self._unchecked_steps == 0:  # by now every optimizer of the loop has stepped
+                warn_of_untrained_parameters(self._model, optimizer_steps.optimizers())
         for plan in self._plans:
             plan.annealed_steps = self._count
         self._write_alpha()
@@ -253,28 +271,7 @@ class GradientAnnealing:
         writes = sum(
             stored_weight(module, slot)._version for _, module in self._modules for slot in module._autosparse_slots
         )
-        return writes, _optimizer_steps.count
-
-
-class _OptimizerSteps:
-    """Counts the steps of all optimizers of the process, from the first time that it is asked."""
-
-    def __init__(self) -> None:
-        self._count = 0
-        self._handle: Any = None
-
-    @property
-    def count(self) -> int:
-        if self._handle is None:
-            self._handle = register_optimizer_step_post_hook(self._after_step)
-        return self._count
-
-    @torch.compiler.disable
-    def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        self._count += 1
-
-
-_optimizer_steps = _OptimizerSteps()
+        return writes, optimizer_steps.count
 
 
 class _DeferredCheck:
@@ -304,73 +301,14 @@ class _DeferredCheck:
                     "cannot be steered: the training has diverged (lower the learning rate, clip gradients, or use "
                     "GradScaler with fp16), and the last checkpoint before it is the one to resume from"
                 )
+            if not bool(torch.isfinite(logit(weight.module, weight.slot)).all()):
+                raise RuntimeError(
+                    f"the threshold of weight '{weight.name}' is NaN or infinite, so its sparsity cannot be steered: "
+                    "the training has diverged, or the checkpoint that was loaded is damaged"
+                )
         raise RuntimeError(
             f"target_sparsity={self._target} cannot be reached over {len(self._weights)} weights "
             f"('{self._weights[0].name}', ...): too many are above 1, where no cut sigmoid(s) reaches, or in layers at "
             "max_layer_sparsity; scale the weights down, use weight decay, leave layers dense with rules={...: None}, "
             "or lower the target"
         )
-
-
-def param_groups(
-    model: nn.Module,
-    *,
-    lr: float | None = None,
-    weight_decay: float | None = None,
-    threshold_lr: float | None = None,
-    threshold_weight_decay: float = 0.0,
-) -> list[dict[str, Any]]:
-    """Return two optimizer groups, the thresholds apart from all other parameters, for rates of their own.
-
-    Plain ``model.parameters()`` trains thresholds well already; this is for who wants to try other rates.
-
-    Args:
-        model: what ``sparsify`` returned.
-        lr: learning rate of the other parameters; the optimizer's own by default.
-        weight_decay: weight decay of the other parameters; the optimizer's own by default.
-        threshold_lr: learning rate of the thresholds; ``lr`` by default. It acts on the deviations, so under SGD a
-            logit moves by ``threshold_scale**2`` of it.
-        threshold_weight_decay: pulls thresholds back to where they started.
-
-    Raises:
-        ValueError: if the model is not sparse.
-    """
-    thresholds = {
-        id(p): p for _, m in masked_modules(model) for p in (mask_state(m, slot)[0] for slot in m._autosparse_slots)
-    }
-    if not thresholds:
-        raise ValueError(f"{type(model).__name__} is not sparse: call autosparse_fx.sparsify(model) first")
-    threshold_lr = lr if threshold_lr is None else threshold_lr
-    others: dict[str, Any] = {"params": [p for p in model.parameters() if id(p) not in thresholds]}
-    own: dict[str, Any] = {"params": list(thresholds.values()), "weight_decay": threshold_weight_decay}
-    others |= {key: value for key, value in (("lr", lr), ("weight_decay", weight_decay)) if value is not None}
-    own |= {"lr": threshold_lr} if threshold_lr is not None else {}
-    return [others, own]
-
-
-def _warn_of_missing_parameters(model: nn.Module, optimizer: Optimizer) -> None:
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    weights: list[str] = []
-    thresholds: list[str] = []
-    for prefix, module in masked_modules(model):
-        for slot in module._autosparse_slots:
-            for name, lost in ((slot.name, weights), (slot.threshold, thresholds)):
-                parameter = module._parameters[name]
-                if parameter is not None and parameter.requires_grad and id(parameter) not in held:
-                    lost.append(f"{prefix}.{name}" if prefix else name)
-    for what, names in (("masked weights", weights), ("thresholds", thresholds)):
-        if names:
-            warnings.warn(
-                f"the optimizer holds {'none' if _all(model, names) else 'not all'} of the {what}: {_some(names)} "
-                "will not be trained; make the optimizer from model.parameters() after sparsify",
-                stacklevel=3,
-            )
-
-
-def _all(model: nn.Module, names: list[str]) -> bool:
-    return len(names) >= sum(len(m._autosparse_slots) for _, m in masked_modules(model))
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:3]) + (f", ... ({len(names)} in all)" if len(names) > 3 else "")

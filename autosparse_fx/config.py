@@ -3,8 +3,9 @@
 import dataclasses
 import fnmatch
 import math
+import numbers
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,31 @@ __all__ = ["AutoSparse"]
 # The fields that a rule may set: alpha and everything about time belong to the whole model.
 RULE_FIELDS = ("target_sparsity", "threshold_init", "granularity")
 GRANULARITIES = ("layer", "channel")
+
+
+class _Rules(Mapping[str, "AutoSparse | None"]):
+    """Rules that cannot be changed: a mapping with a hash, in which the order counts."""
+
+    def __init__(self, rules: "Mapping[str, AutoSparse | None]") -> None:
+        self._rules = dict(rules)
+
+    def __getitem__(self, pattern: str) -> "AutoSparse | None":
+        return self._rules[pattern]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rules)
+
+    def __len__(self) -> int:
+        return len(self._rules)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mapping) and list(self.items()) == list(other.items())
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._rules)
 
 
 @dataclass(frozen=True)
@@ -80,12 +106,15 @@ class AutoSparse:
             )
         if not isinstance(self.rules, Mapping):
             raise TypeError(f"AutoSparse.rules must be a mapping from pattern to rule, got {type(self.rules).__name__}")
-        object.__setattr__(self, "rules", {p: self._as_rule(p, r) for p, r in self.rules.items()})
+        object.__setattr__(self, "rules", _Rules({p: self._as_rule(p, r) for p, r in self.rules.items()}))
 
     def _check_number(self, name: str, accepts: Callable[[float], bool], what: str) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        value: Any = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"AutoSparse.{name} must be {what}, got {value!r}")
+        if type(value) is not int:
+            value = float(value)  # NumPy's numbers are no JSON
+            object.__setattr__(self, name, value)
         if not accepts(value):
             raise ValueError(f"AutoSparse.{name} must be {what}, got {value!r}")
 

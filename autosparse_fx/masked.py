@@ -22,6 +22,8 @@ from autosparse_fx.ops import threshold_mask
 from autosparse_fx.plan import ModuleState, Slot
 from autosparse_fx.reads import masked_once, masking_once, masking_once_outside_graphs
 
+MASKED_NAMES = "autosparse_masked"  # in the metadata of a module's state_dict: which of its weights were masked
+MASK_DTYPES = (torch.float32, torch.float64)
 ALPHA = "autosparse_alpha"  # the non-persistent buffer, shared by all masked modules of a model on one device
 
 
@@ -53,13 +55,8 @@ class MaskedModule(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         for slot in self._autosparse_slots:
-            if name in (f"{slot.name}_orig", f"{slot.name}_g", f"{slot.name}_v"):
-                if slot.name not in self._parameters:
-                    _compat.restore_parameter_taken_by_weight_norm(self, slot.name)
-                raise RuntimeError(
-                    f"{_describe(self, slot.name)} is masked by autosparse_fx and cannot be pruned or normalised by "
-                    "torch.nn.utils as well: do that before sparsify, or finalize the model first"
-                )
+            if name in (f"{slot.name}_orig", f"{slot.threshold}_orig"):
+                _refuse_second_owner(self, slot)
         super().register_parameter(name, param)
 
     def _replicate_for_data_parallel(self) -> Any:
@@ -99,6 +96,21 @@ class MaskedModule(nn.Module):
                 value = self._autosparse.plan.config.alpha
                 self._buffers[ALPHA] = _moved(alpha, torch.full_like(alpha, value, device=weight.device))
 
+    def _keep_float32(self) -> None:
+        """Undo what loading a state of lower precision with ``assign=True`` does to thresholds and offsets."""
+        for slot in self._autosparse_slots:
+            threshold, offset = mask_state(self, slot)
+            if threshold.dtype not in MASK_DTYPES:
+                self._parameters[slot.threshold] = nn.Parameter(threshold.detach().float(), threshold.requires_grad)
+            if offset.dtype not in MASK_DTYPES:
+                self._buffers[slot.offset] = offset.float()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if metadata is not None:
+            metadata[MASKED_NAMES] = [slot.name for slot in self._autosparse_slots]
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -112,7 +124,13 @@ class MaskedModule(nn.Module):
         dense = []
         for slot in self._autosparse_slots:
             found = [key for key in (slot.threshold, slot.offset) if prefix + key in state_dict]
-            if prefix + slot.name in state_dict and not found:
+            if not found and slot.name in local_metadata.get(MASKED_NAMES, ()):
+                if strict:
+                    error_msgs.append(
+                        f"{prefix}{slot.threshold} and {prefix}{slot.offset} are missing although the state_dict is of "
+                        "a sparse model: save the whole model.state_dict()"
+                    )
+            elif prefix + slot.name in state_dict and not found:
                 dense.append(slot)
             elif len(found) == 2:
                 self._autosparse.weights[slot.name].provisional = False  # what is loaded stays
@@ -126,6 +144,7 @@ class MaskedModule(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self._leave_meta()
+        self._keep_float32()
         for slot in dense:
             for key in (slot.threshold, slot.offset):
                 if prefix + key in missing_keys:
@@ -189,7 +208,9 @@ def masked_weight(module: MaskedModule, slot: Slot) -> Tensor:
 def _mask(module: MaskedModule, slot: Slot, weight: Tensor) -> Tensor:
     masked = threshold_mask(weight, logit(module, slot), alpha_of(module))
     if weight.requires_grad and not masked.requires_grad and not _compat.functorch_is_active():
-        masked.requires_grad_()  # as the parameter does without gradients too: torch chooses kernels by it
+        # As the parameter does without gradients too: torch chooses kernels by it. A view, because autocast would take
+        # anything else for a parameter, and keep its cast as long as the context lasts.
+        masked = masked.requires_grad_().view_as(masked)
     return masked
 
 
@@ -246,6 +267,8 @@ class _MaskedRNN(MaskedModule):
 
 def _property(slot: Slot) -> property:
     def read(self: MaskedModule) -> Tensor:
+        if not torch.compiler.is_compiling() and _compat.is_read_by_weight_norm():
+            _refuse_second_owner(self, slot)
         try:
             return masked_weight(self, slot)
         except AttributeError as error:  # nn.Module.__getattr__ would answer with the dense parameter
@@ -258,6 +281,13 @@ def _property(slot: Slot) -> property:
         )
 
     return property(read, write, doc=f"The masked {slot.name}; the stored one is in parameters().")
+
+
+def _refuse_second_owner(module: MaskedModule, slot: Slot) -> None:
+    raise RuntimeError(
+        f"{_describe(module, slot.name)} is masked by autosparse_fx and cannot be pruned or normalised by "
+        "torch.nn.utils as well: do that before sparsify, or finalize the model first"
+    )
 
 
 def _guarded_reset(method: str) -> Callable[..., None]:

@@ -9,6 +9,8 @@ Both stay single nodes in the Dynamo, joint, forward and backward graphs. Induct
 reduction IR (see ``lowering.py``), so that they fuse with their neighbours.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -200,12 +202,13 @@ def _anneal(grad: Tensor, w: Tensor, threshold: Tensor, alpha: Tensor) -> Tensor
     if w.device.type == "cpu":
         # Comparing and selecting run on one number at a time there; this does the same in vector registers.
         scratch.sub_(cut)
-        return torch.ops.aten.leaky_relu_backward.grad_input(grad, scratch, alpha.item(), False, grad_input=scratch)
+        torch.ops.aten.leaky_relu_backward.grad_input(grad, scratch, alpha.item(), False, grad_input=scratch)
+        return scratch
     annealed = torch.mul(grad, alpha.to(w.dtype))
     return torch.where(scratch > cut, grad, annealed, out=annealed)
 
 
-def _eager_cut(w: Tensor, threshold: Tensor) -> Tensor | float:
+def _eager_cut(w: Tensor, threshold: Tensor) -> Any:  # Tensor | float, which torch's annotations do not take
     """The cut in the dtype of ``w``; as a number on the CPU, where reading it is free and arithmetic with it faster."""
     cut = torch.sigmoid(threshold.to(w.dtype))
     return cut.item() if w.device.type == "cpu" and cut.numel() == 1 else cut

@@ -15,8 +15,24 @@ from torch import Tensor, nn
 from autosparse_fx import _compat
 
 
+class _Memo:
+    """What one forward has masked so far.
+
+    It serves only reads whose results autograd saves in the same way: an activation checkpoint inside of the forward
+    computes anew what it reads, at a time when this forward is over, and has to find it as it was.
+    """
+
+    def __init__(self) -> None:
+        self._hooks = _compat.saved_tensor_hooks()
+        self.masked: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
+
+    @property
+    def is_current(self) -> bool:
+        return self._hooks == _compat.saved_tensor_hooks()
+
+
 class _Reads(threading.local):
-    memo: dict[tuple[int, bool], tuple[Tensor, Tensor]] | None = None
+    memo: _Memo | None = None
 
 
 _reads = _Reads()
@@ -27,13 +43,16 @@ def masking_once(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or _reads.memo is not None:
+        if torch.compiler.is_compiling():
             return forward(self, *args, **kwargs)
-        _reads.memo = {}
+        outer = _reads.memo
+        if outer is not None and outer.is_current:
+            return forward(self, *args, **kwargs)
+        _reads.memo = _Memo()
         try:
             return forward(self, *args, **kwargs)
         finally:
-            _reads.memo = None
+            _reads.memo = outer
 
     return wrapper
 
@@ -54,9 +73,9 @@ def masking_once_outside_graphs(forward: Callable[..., Any]) -> Callable[..., An
 def masked_once(weight: Tensor, mask: Callable[[], Tensor]) -> Tensor:
     """Return ``mask()``, or what it returned before in the same forward for the same weight and grad mode."""
     memo = _reads.memo
-    if memo is None:
+    if memo is None or not memo.is_current:
         return mask()
     key = (id(weight), torch.is_grad_enabled())
-    if key not in memo:
-        memo[key] = (weight, mask())  # holding the weight keeps its id from being used again
-    return memo[key][1]
+    if key not in memo.masked:
+        memo.masked[key] = (weight, mask())  # holding the weight keeps its id from being used again
+    return memo.masked[key][1]

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from autosparse_fx import _compat
 from autosparse_fx.attach import masked_modules
+from autosparse_fx.consistency import refuse_broken_ties
 from autosparse_fx.hidden.masks import all_masked_modules
 from autosparse_fx.history import History
 from autosparse_fx.masked import MaskedModule, logit, mask_state, masked_value, stored_weight
 from autosparse_fx.plan import Plan, Slot
-from autosparse_fx.selection import Candidate, collect, reason
+from autosparse_fx.selection import Candidate, collect, reason, refuse_lazy_parameters
 from autosparse_fx.sparsity_report import UNITS, Cost, LayerReport, SparsityReport
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ def report(
             being trained.
 
     Raises:
-        ValueError: if the model cannot be run on the inputs, or the unit is unknown.
+        ValueError: if the model cannot be run on the inputs, a weight is on the meta device, not yet initialised, or
+            was tied outside of ``dense_weights``, or the unit is unknown.
     """
     if unit not in UNITS:
         raise ValueError(f"unit must be one of {', '.join(map(repr, UNITS))}, got {unit!r}")
@@ -85,9 +87,11 @@ def _count_zeros(model: nn.Module) -> SparsityReport:
     parameters = dense_bytes = stored_bytes = 0
     by_weight = _masked_by_weight(model)
     prepared = bool(by_weight)
-    plans = _plans_of(model)
+    plans = plans_of(model)
     embeddings: list[str] = []
     own = _thresholds_of(model)
+    refuse_lazy_parameters(model)
+    refuse_broken_ties(model)
     for candidate in collect(model):
         if id(candidate.parameter) in own:
             continue
@@ -101,6 +105,11 @@ def _count_zeros(model: nn.Module) -> SparsityReport:
                 skipped[candidate.name] = (candidate.parameter.numel(), _reason_for(candidate, plans))
             continue
         weight: Tensor = candidate.parameter
+        if weight.is_meta:
+            raise ValueError(
+                f"weight '{candidate.name}' {list(weight.shape)} is on the meta device, where nothing can be counted: "
+                "call model.to_empty(device=...) and load a state_dict first"
+            )
         cut = target = None
         if masked is not None:
             if any(isinstance(module, nn.Embedding) for module, _ in candidate.holders):
@@ -202,7 +211,7 @@ def group_sparsities(model: nn.Module) -> dict[float | None, tuple[float, list[s
     }
 
 
-def _plans_of(model: nn.Module) -> list[tuple[Plan, str, str]]:
+def plans_of(model: nn.Module) -> list[tuple[Plan, str, str]]:
     """The plans in ``model``, each with how names were prefixed when it was made, and how they are prefixed now.
 
     They differ where a part of the prepared model is looked at, or a module around it.
@@ -227,6 +236,8 @@ def _reason_for(candidate: Candidate, plans: list[tuple[Plan, str, str]]) -> str
                 known = plan.skipped.get(f"{then}.{inner}" if then else inner)
                 if known is not None:
                     return known
+    if candidate.axis is not None:
+        return "was no part of the model when sparsify prepared it: finalize the model and sparsify all of it"
     return reason(candidate)
 
 

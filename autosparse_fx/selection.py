@@ -21,6 +21,7 @@ class Candidate:
     parameter: nn.Parameter
     names: list[str] = field(default_factory=list)
     holders: list[tuple[nn.Module, str]] = field(default_factory=list)  # (module, name on it), each module once
+    holder_names: list[str] = field(default_factory=list)  # the first of the names through each of them
     axis: int | None = None  # the channel axis of the layer that multiplies by it; None where none is known to
 
     @property
@@ -45,7 +46,8 @@ def layer_weights(module: nn.Module) -> list[Slot]:
     if isinstance(module, nn.MultiheadAttention):
         return [Slot(name, 0) for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")]
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-        return [Slot(name, 0) for name in module._parameters if name.startswith("weight_")]
+        names = [name for name in module._parameters if name.startswith("weight_")]
+        return [Slot(name, 0) for name in names if not name.endswith("_threshold")]  # of one that is masked
     transformers = sys.modules.get("transformers.pytorch_utils")
     if transformers is not None and isinstance(module, transformers.Conv1D):
         return [Slot("weight", 1)]  # stored [in, out]
@@ -61,9 +63,11 @@ def collect(model: nn.Module) -> list[Candidate]:
             if parameter is None:
                 continue
             candidate = candidates.setdefault(id(parameter), Candidate(parameter))
-            candidate.names.append(f"{prefix}.{name}" if prefix else name)
+            full_name = f"{prefix}.{name}" if prefix else name
+            candidate.names.append(full_name)
             if not any(holder is module and held == name for holder, held in candidate.holders):
                 candidate.holders.append((module, name))
+                candidate.holder_names.append(full_name)
             if name in axes:
                 candidate.axis = axes[name]
     return list(candidates.values())
@@ -122,7 +126,7 @@ def check_tensor(p: Tensor, name: str) -> None:
     if isinstance(p, nn.UninitializedParameter):
         raise ValueError(
             f"weight '{name}' belongs to a lazy module that has not seen an input yet: run one forward "
-            "pass of the model before sparsify"
+            "pass of the model first"
         )
     if not p.is_floating_point():
         raise TypeError(
@@ -138,6 +142,13 @@ def check_tensor(p: Tensor, name: str) -> None:
 
 def _is_dtensor(p: Tensor) -> bool:
     return torch.distributed.is_available() and type(p).__name__ == "DTensor"
+
+
+def refuse_lazy_parameters(model: nn.Module) -> None:
+    """Raise where a lazy module has not seen an input yet."""
+    for candidate in collect(model):
+        if isinstance(candidate.parameter, nn.UninitializedParameter):
+            check_tensor(candidate.parameter, candidate.name)
 
 
 def refuse_wrappers(model: nn.Module) -> None:

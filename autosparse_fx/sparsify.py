@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from autosparse_fx.attach import attach, detach, masked_modules, remask
 from autosparse_fx.config import AutoSparse
+from autosparse_fx.consistency import is_masked
 from autosparse_fx.hidden.masks import all_masked_modules, hidden_mask, hidden_masks, release
 from autosparse_fx.initial import new_mask, threshold_shape
 from autosparse_fx.masked import ALPHA, MaskedModule, alpha_of, mask_state, masked_class, masked_value, stored_weight
 from autosparse_fx.ownership import remember_finalized
 from autosparse_fx.plan import MaskedWeight, Plan, Slot
 from autosparse_fx.report import group_sparsities
-from autosparse_fx.selection import Candidate, collect, refuse_wrappers, select
+from autosparse_fx.selection import Candidate, collect, refuse_lazy_parameters, refuse_wrappers, select
 from autosparse_fx.steering import TOLERANCE
 
 __all__ = ["dense_weights", "finalize", "sparsify"]
@@ -84,6 +85,7 @@ def sparsify(
             )
     used = {id(parameter): mask.axis for _, parameter, mask in hidden} or None
     if example_inputs is not None:
+        refuse_lazy_parameters(model)  # which the capture would run into
         from autosparse_fx.capture import multiplied_parameters
 
         used = {**(used or {}), **multiplied_parameters(model, example_inputs)}
@@ -131,7 +133,8 @@ def finalize(model: ModuleT) -> ModuleT:
         UserWarning: if a target sparsity was missed by more than half a point, or no annealer ever stepped.
 
     Raises:
-        ValueError: if nothing in ``model`` is sparse.
+        ValueError: if nothing in ``model`` is sparse, weights are on the meta device, or were tied outside of
+            ``dense_weights``.
         RuntimeError: if a masked module was wrapped by FSDP2 or parametrized meanwhile; the model is then unchanged.
     """
     modules = all_masked_modules(model)
@@ -145,6 +148,12 @@ def finalize(model: ModuleT) -> ModuleT:
                 f"the class of '{name}' was changed to {type(module).__mro__[0]} after sparsify (by fully_shard or "
                 "parametrize?): finalize a plain copy of the model that has loaded the full state_dict"
             )
+        for slot in module._autosparse_slots:
+            if module._parameters.get(slot.name) is None:
+                raise RuntimeError(
+                    f"'{name}' has lost its weight '{slot.name}', which is masked: remove weights inside "
+                    "`with autosparse_fx.dense_weights(model):`"
+                )
     _warn_of_missed_targets(model, modules)
     done: set[int] = set()
     with torch.no_grad():
@@ -209,12 +218,12 @@ def _reconcile(model: nn.Module, before: dict[str, tuple[Any, Slot]]) -> None:
         state = source._autosparse
         weight = state.weights[slot.name]
         threshold, offset = mask_state(source, slot)
-        if id(threshold) in taken:
+        if id(threshold) in taken or id(offset) in taken:
             threshold, offset = nn.Parameter(threshold.detach().clone()), offset.clone()
             weight = MaskedWeight(name, weight.config, weight.provisional)
         if threshold.shape != threshold_shape(candidate.parameter, slot.axis, weight.config):
             threshold, offset = _resized(candidate.parameter, slot.axis, weight, threshold, offset)
-        taken.add(id(threshold))
+        taken |= {id(threshold), id(offset)}
         alpha = alpha_of(source)
         for module, held in candidate.holders:
             attach(module, Slot(held, slot.axis), weight, state.plan, threshold, offset, alpha)
@@ -245,11 +254,8 @@ def _shared_alpha(alphas: dict[torch.device, Tensor], device: torch.device, valu
 
 def _refuse_unmasked_parts(model: nn.Module, config: AutoSparse) -> None:
     for candidate in collect(model):
-        masked = any(
-            isinstance(m, MaskedModule) and any(slot.name == name for slot in m._autosparse_slots)
-            for m, name in candidate.holders
-        )
-        if candidate.axis is not None and not masked and config.rule_for(candidate.names)[1] is not None:
+        dense = candidate.axis is not None and not is_masked(candidate)
+        if dense and config.rule_for(candidate.names)[1] is not None:
             raise ValueError(
                 f"the model is sparse already, but its weight '{candidate.name}' is not masked: finalize it before "
                 "preparing the larger model"

@@ -373,38 +373,54 @@ def test_stepping_past_the_end_warns_once_and_alpha_stays_zero(by_hook: bool) ->
             assert torch.equal(buffer, offsets[name])
 
 
-def test_an_optimizer_made_before_sparsify_is_warned_of_its_missing_thresholds() -> None:
+def messages_of_two_steps(model: nn.Module, *optimizers: torch.optim.Optimizer, by_hook: bool = True) -> list[str]:
+    """What the annealer of the first of the optimizers says in two steps of all of them."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        annealer = GradientAnnealing(model, 10, optimizers[0] if by_hook else None)
+        for _ in range(2):
+            backward(model)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            if not by_hook:
+                annealer.step()
+    return sorted(str(w.message) for w in caught)
+
+
+@pytest.mark.parametrize("by_hook", [True, False])
+def test_an_optimizer_made_before_sparsify_is_warned_of_its_missing_thresholds(by_hook: bool) -> None:
     model = reference.mlp()
     optimizer = sgd(model)
     autosparse_fx.sparsify(model)
-    with pytest.warns(UserWarning) as caught:
-        GradientAnnealing(model, 10, optimizer)
-    (message,) = [str(w.message) for w in caught]
+    (message,) = messages_of_two_steps(model, optimizer, by_hook=by_hook)
     assert "none of the thresholds" in message and "0.weight_threshold" in message
     assert "masked weights" not in message
     assert "model.parameters() after sparsify" in message
-    assert caught[0].filename == __file__
 
 
 def test_an_optimizer_that_lacks_weights_and_thresholds_is_warned_of_both_by_name() -> None:
     model = sparse_mlp()
     held = [p for name, p in model.named_parameters() if not name.startswith("2.")]
-    with pytest.warns(UserWarning) as caught:
-        GradientAnnealing(model, 10, torch.optim.SGD(held, lr=0.1))
-    messages = sorted(str(w.message) for w in caught)
+    messages = messages_of_two_steps(model, torch.optim.SGD(held, lr=0.1))
     assert len(messages) == 2
     assert "not all of the masked weights" in messages[0] and "2.weight will not" in messages[0]
     assert "not all of the thresholds" in messages[1] and "2.weight_threshold will not" in messages[1]
     assert not any("0.weight" in message for message in messages)
 
 
-def test_an_optimizer_of_another_model_is_warned_of() -> None:
+def test_what_a_second_optimizer_holds_is_not_missed() -> None:
     model = sparse_mlp()
-    with pytest.warns(UserWarning) as caught:
-        GradientAnnealing(model, 10, sgd(sparse_mlp()))
-    messages = sorted(str(w.message) for w in caught)
-    assert "none of the masked weights: 0.weight, 2.weight, 4.weight" in messages[0]
-    assert "none of the thresholds" in messages[1]
+    thresholds = [p for name, p in model.named_parameters() if name.endswith("_threshold")]
+    others = [p for name, p in model.named_parameters() if not name.endswith("_threshold")]
+    assert messages_of_two_steps(model, torch.optim.SGD(others, lr=0.1), torch.optim.SGD(thresholds, lr=0.1)) == []
+
+
+def test_what_is_no_optimizer_is_refused() -> None:
+    model = sparse_mlp()
+    scheduler = torch.optim.lr_scheduler.StepLR(sgd(model), 1)
+    with pytest.raises(TypeError, match="StepLR"):
+        GradientAnnealing(model, 10, scheduler)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("groups", ["plain", "split", "param_groups", "frozen"])
@@ -421,12 +437,21 @@ def test_an_optimizer_that_holds_all_that_is_trained_is_not_warned_of(groups: st
         optimizer = torch.optim.SGD(autosparse_fx.param_groups(model), lr=0.1)
     else:
         optimizer = torch.optim.SGD(parameters, lr=0.1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        GradientAnnealing(model, 10, optimizer)
+    assert messages_of_two_steps(model, optimizer) == []
 
 
 # state
+
+
+@pytest.mark.parametrize("wrong", [{"steps": "3"}, {"steps": 11}, {"steps": -1}, {"steps": 2.5}, {"history": {}}])
+def test_a_state_that_is_wrong_is_refused_and_changes_nothing(wrong: dict[str, Any]) -> None:
+    model = sparse_mlp(decay="linear", alpha=1.0)
+    annealer = GradientAnnealing(model, 10)
+    state = annealer.state_dict()
+    with pytest.raises((ValueError, KeyError)):
+        annealer.load_state_dict({**state, "steps": 7, **wrong})
+    assert annealer.steps == 0 and annealer.alpha == 1.0
+    assert annealer.state_dict() == state
 
 
 def test_a_state_dict_round_trip_through_json_resumes_count_and_alpha() -> None:

@@ -7,6 +7,7 @@ import math
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 
 from autosparse_fx import AutoSparse
@@ -382,3 +383,18 @@ def test_from_dict_refuses_unknown_keys_by_name() -> None:
 def test_from_dict_checks_values_as_the_constructor_does() -> None:
     with pytest.raises(ValueError, match="target_sparsity"):
         AutoSparse.from_dict({"target_sparsity": 80})
+
+
+def test_rules_cannot_be_changed_and_count_in_their_order() -> None:
+    config = AutoSparse(rules={"a.*": None, "b": {"target_sparsity": 0.5}})
+    with pytest.raises(TypeError):
+        config.rules["c"] = None  # type: ignore[index]
+    same = AutoSparse.from_dict(config.to_dict())
+    assert same == config and hash(same) == hash(config)
+    assert config != AutoSparse(rules={"b": {"target_sparsity": 0.5}, "a.*": None})
+    assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    config = AutoSparse(target_sparsity=np.float32(0.5), alpha=np.float64(0.25))
+    assert json.loads(json.dumps(config.to_dict()))["target_sparsity"] == 0.5

@@ -317,3 +317,35 @@ def test_other_uses_of_a_parameter_are_no_multiplication(use: Callable[[Tensor, 
             return use(self.other, self.fc(x))
 
     assert masked_names(sparsify(Uses(), CONFIG, example_inputs=torch.randn(8, 8))) == {"fc.weight"}
+
+
+class ReadsTwice(nn.Module):
+    """Reads one weight before a checkpointed block, and twice inside of it, where a layer is called as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 6) * 0.3)
+        self.layer = nn.Linear(6, 6)
+        self.checkpoints = True
+
+    def block(self, x: Tensor) -> Tensor:
+        return self.layer(torch.relu(x @ self.weight)) + x @ self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x @ self.weight)
+        if not self.checkpoints:
+            return self.block(x)
+        return torch.utils.checkpoint.checkpoint(self.block, x, use_reentrant=False)
+
+
+def test_a_weight_that_is_read_outside_and_inside_of_a_checkpoint() -> None:
+    x = torch.randn(3, 6)
+    model = sparsify(ReadsTwice(), AutoSparse(threshold_init=-2.0), example_inputs=x)
+    gradients = []
+    for model.checkpoints in (False, True):
+        model.zero_grad()
+        model(x).square().sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == dict(model.named_parameters()).keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)

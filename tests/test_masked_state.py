@@ -1,19 +1,22 @@
 """The state of a sparse model goes through all that moves, copies, saves, loads or swaps the state of a module."""
 
+import contextlib
 import copy
 import io
 import pickle
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import reference
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from autosparse_fx import AutoSparse, GradientAnnealing, finalize, sparsify
+from autosparse_fx import AutoSparse, GradientAnnealing, dense_weights, finalize, sparsify
 
 CONFIG = AutoSparse(alpha=0.5, threshold_init=-2.5)
 
@@ -188,6 +191,49 @@ def finalize_quietly(model: nn.Module) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         finalize(model)
+
+
+@pytest.mark.parametrize("where", ["plain", "no_grad", "frozen", "dense_weights", "lstm"])
+def test_weight_norm_is_refused_before_it_takes_anything_away(where: str) -> None:
+    layer = nn.LSTM(3, 3) if where == "lstm" else nn.Linear(3, 3)
+    sparsify(layer.requires_grad_(where != "frozen"))
+    before = list(layer.state_dict())
+    contexts = {"no_grad": torch.no_grad(), "dense_weights": dense_weights(layer)}
+    with (
+        contexts.get(where, contextlib.nullcontext()),
+        pytest.warns(FutureWarning),
+        pytest.raises(RuntimeError, match="cannot be pruned or normalised"),
+    ):
+        torch.nn.utils.weight_norm(layer, "weight_ih_l0" if where == "lstm" else "weight")
+    assert list(layer.state_dict()) == before
+
+
+def test_autocast_does_not_keep_the_casts_of_masked_weights() -> None:
+    layer = sparsify(nn.Linear(4, 4))
+    kept: list[weakref.ref[Tensor]] = []
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            weight = layer.weight
+            F.linear(torch.randn(2, 4), weight)
+            kept.append(weakref.ref(weight))
+            del weight
+            assert kept[-1]() is None
+
+
+def test_state_that_lost_both_parts_of_a_mask_is_refused() -> None:
+    model = sparsify(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)))
+    state = model.state_dict()
+    del state["0.weight_threshold"], state["0.weight_offset"]
+    with pytest.raises(RuntimeError, match=r"0\.weight_threshold and 0\.weight_offset are missing"):
+        model.load_state_dict(state)
+
+
+def test_thresholds_stay_float32_when_a_bfloat16_state_is_assigned() -> None:
+    model = sparsify(nn.Sequential(nn.Linear(3, 3)))
+    model.load_state_dict({key: value.bfloat16() for key, value in model.state_dict().items()}, assign=True)
+    assert model[0].weight_threshold.dtype == model[0].weight_offset.dtype == torch.float32
+    assert isinstance(model[0].weight_threshold, nn.Parameter)
+    assert model(torch.randn(2, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
 def test_pickled_bytes_name_the_original_class() -> None:

@@ -70,9 +70,7 @@ class KernelLibrary:
         """Bring a program with machine code to where it can run."""
         return executable(program, HOME, self._seal)
 
-    def run(
-        self, program: Tensor, inputs: list[Tensor], outputs: list[Tensor], seconds: Tensor | None = None
-    ) -> None:
+    def run(self, program: Tensor, inputs: list[Tensor], outputs: list[Tensor], seconds: Tensor | None = None) -> None:
         """Run an assembled program (see ``program.py``).
 
         Args:

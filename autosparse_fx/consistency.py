@@ -1,0 +1,82 @@
+"""Whether the masks of a model still belong to its weights: what was tied, untied or replaced since ``sparsify``."""
+
+from torch import nn
+
+from autosparse_fx.masked import MaskedModule, mask_state
+from autosparse_fx.plan import Plan, Slot
+from autosparse_fx.selection import Candidate, collect
+
+_CURE = (
+    "an empty `with autosparse_fx.dense_weights(model): pass` brings the masks in line, before the optimizer is made"
+)
+
+
+def refuse_broken_ties(model: nn.Module) -> None:
+    """Raise where a masked tensor is read dense or under another mask somewhere, or shares its mask with another.
+
+    Raises:
+        ValueError: naming the weight, where else it is held, and the cure.
+    """
+    owner: dict[int, str] = {}
+    for candidate in collect(model):
+        held = [(module, _slot_of(module, name)) for module, name in candidate.holders]
+        if all(slot is None for _, slot in held):
+            continue
+        states = set()
+        for (module, slot), name in zip(held, candidate.holder_names, strict=True):
+            if slot is None or not isinstance(module, MaskedModule):
+                raise ValueError(
+                    f"weight {_describe(candidate)} is masked, but reads as it is under the name '{name}', to which it "
+                    f"was tied after sparsify, outside of dense_weights: {_CURE}"
+                )
+            states.add(tuple(map(id, mask_state(module, slot))))
+        if len(states) > 1:
+            raise ValueError(
+                f"weight {_describe(candidate)} is masked by several thresholds, because it was tied after sparsify, "
+                f"outside of dense_weights: {_CURE}"
+            )
+        for part in states.pop():
+            other = owner.setdefault(part, candidate.name)
+            if other != candidate.name:
+                raise ValueError(
+                    f"weights '{other}' and {_describe(candidate)} share the state of a mask, but are no longer tied: "
+                    f"tie them again, or {_CURE}"
+                )
+
+
+def is_masked(candidate: Candidate) -> bool:
+    """Whether any module reads this parameter masked."""
+    return any(_slot_of(module, name) is not None for module, name in candidate.holders)
+
+
+def late_weights(model: nn.Module, plans: list[tuple[Plan, str, str]]) -> list[str]:
+    """The weights of known layers that came into a prepared part of the model after ``sparsify``, and are dense.
+
+    Args:
+        plans: each with how names were prefixed when it was made, and how they are prefixed now.
+    """
+    return [
+        candidate.name
+        for candidate in collect(model)
+        if candidate.axis is not None
+        and not is_masked(candidate)
+        and any(_came_late(candidate, plan, then, now) for plan, then, now in plans)
+    ]
+
+
+def _came_late(candidate: Candidate, plan: Plan, then: str, now: str) -> bool:
+    inside = [name.removeprefix(f"{now}.") for name in candidate.names if not now or name.startswith(f"{now}.")]
+    before = [f"{then}.{name}" if then else name for name in inside]
+    if not before or any(name in plan.skipped for name in before):
+        return False
+    return plan.config.rule_for(before)[1] is not None
+
+
+def _slot_of(module: nn.Module, name: str) -> Slot | None:
+    if not isinstance(module, MaskedModule):
+        return None
+    return next((slot for slot in module._autosparse_slots if slot.name == name), None)
+
+
+def _describe(candidate: Candidate) -> str:
+    return f"'{candidate.name}' {list(candidate.parameter.shape)}"

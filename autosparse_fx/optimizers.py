@@ -1,0 +1,118 @@
+"""What optimizers hold of a sparse model: groups for thresholds, and what none of them trains."""
+
+import warnings
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from autosparse_fx.attach import masked_modules
+from autosparse_fx.consistency import late_weights
+from autosparse_fx.masked import mask_state
+from autosparse_fx.report import plans_of
+
+__all__ = ["param_groups"]
+
+
+class OptimizerSteps:
+    """Counts the steps of all optimizers of the process, and knows which have stepped, from the first annealer on."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._handle: Any = None
+
+    def start(self) -> None:
+        if self._handle is None:
+            self._handle = register_optimizer_step_post_hook(self._after_step)
+
+    def optimizers(self) -> list[Optimizer]:
+        return list(self._stepped)
+
+    @torch.compiler.disable
+    def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        self.count += 1
+        self._stepped.add(optimizer)
+
+
+optimizer_steps = OptimizerSteps()
+
+
+def param_groups(
+    model: nn.Module,
+    *,
+    lr: float | None = None,
+    weight_decay: float | None = None,
+    threshold_lr: float | None = None,
+    threshold_weight_decay: float = 0.0,
+) -> list[dict[str, Any]]:
+    """Return two optimizer groups, the thresholds apart from all other parameters, for rates of their own.
+
+    Plain ``model.parameters()`` trains thresholds well already; this is for who wants to try other rates.
+
+    Args:
+        model: what ``sparsify`` returned.
+        lr: learning rate of the other parameters; the optimizer's own by default.
+        weight_decay: weight decay of the other parameters; the optimizer's own by default.
+        threshold_lr: learning rate of the thresholds; ``lr`` by default. It acts on the deviations, so under SGD a
+            logit moves by ``threshold_scale**2`` of it.
+        threshold_weight_decay: pulls thresholds back to where they started.
+
+    Raises:
+        ValueError: if the model is not sparse.
+    """
+    thresholds = {
+        id(p): p for _, m in masked_modules(model) for p in (mask_state(m, slot)[0] for slot in m._autosparse_slots)
+    }
+    if not thresholds:
+        raise ValueError(f"{type(model).__name__} is not sparse: call autosparse_fx.sparsify(model) first")
+    threshold_lr = lr if threshold_lr is None else threshold_lr
+    others: dict[str, Any] = {"params": [p for p in model.parameters() if id(p) not in thresholds]}
+    own: dict[str, Any] = {"params": list(thresholds.values()), "weight_decay": threshold_weight_decay}
+    others |= {key: value for key, value in (("lr", lr), ("weight_decay", weight_decay)) if value is not None}
+    own |= {"lr": threshold_lr} if threshold_lr is not None else {}
+    return [others, own]
+
+
+def warn_of_late_weights(model: nn.Module) -> None:
+    late = late_weights(model, plans_of(model))
+    if late:
+        warnings.warn(
+            f"{_some(late)} came into the model after sparsify, and will stay dense: finalize the model and sparsify "
+            "all of it, or replace its layers inside `with autosparse_fx.dense_weights(model):`",
+            stacklevel=3,
+        )
+
+
+def warn_of_untrained_parameters(model: nn.Module, optimizers: list[Optimizer]) -> None:
+    if not optimizers:
+        return  # of a kind that is not torch's
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    weights: list[str] = []
+    thresholds: list[str] = []
+    for prefix, module in masked_modules(model):
+        for slot in module._autosparse_slots:
+            for name, lost in ((slot.name, weights), (slot.threshold, thresholds)):
+                parameter = module._parameters[name]
+                if parameter is not None and parameter.requires_grad and id(parameter) not in held:
+                    lost.append(f"{prefix}.{name}" if prefix else name)
+    for what, names in (("masked weights", weights), ("thresholds", thresholds)):
+        if names:
+            warnings.warn(
+                f"the optimizer holds {'none' if _all(model, names) else 'not all'} of the {what}: {_some(names)} "
+                "will not be trained; make the optimizer from model.parameters() after sparsify",
+                stacklevel=3,
+            )
+
+
+def _all(model: nn.Module, names: list[str]) -> bool:
+    return len(names) >= sum(len(m._autosparse_slots) for _, m in masked_modules(model))
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:3]) + (f", ... ({len(names)} in all)" if len(names) > 3 else "")
