@@ -112,10 +112,11 @@ class AutoSparse:
         value: Any = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"AutoSparse.{name} must be {what}, got {value!r}")
-        if type(value) is not int:
-            value = float(value)  # NumPy's numbers are no JSON
-            object.__setattr__(self, name, value)
-        if not accepts(value):
+        number: Any = value
+        if not isinstance(number, int):
+            number = float(number)  # NumPy's numbers are no JSON
+            object.__setattr__(self, name, number)
+        if not accepts(number):
             raise ValueError(f"AutoSparse.{name} must be {what}, got {value!r}")
 
     def _check_choice(self, name: str, choices: tuple[str, ...], otherwise: str = "") -> None:
