@@ -13,8 +13,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from autosparse_fx.attach import masked_modules
 from autosparse_fx.decay import annealed_alpha
+from autosparse_fx.dtensors import full_tensor
 from autosparse_fx.history import RECORDS, History
-from autosparse_fx.masked import ALPHA, alpha_of, logit, mask_state, reset_mask, stored_weight
+from autosparse_fx.masked import ALPHA, alpha_of, full_logit, mask_state, reset_mask, stored_weight
 from autosparse_fx.plan import Plan
 from autosparse_fx.steering import SteeredWeight, scheduled_sparsity, steer
 
@@ -197,7 +198,7 @@ class GradientAnnealing:
             for slot in module._autosparse_slots:
                 stored = stored_weight(module, slot)
                 name, path = module._autosparse.weights[slot.name].name, f"{prefix}.{slot.name}"
-                weights.setdefault(id(stored), (name, path, stored.detach(), logit(module, slot).detach()))
+                weights.setdefault(id(stored), (name, path, stored.detach(), full_logit(module, slot)))
         names = {name for name, *_ in weights.values()}
         apart = len(names) < len(weights)  # parts that were prepared on their own, by the same names
         rows = [(path if apart else name, stored, s) for name, path, stored, s in weights.values()]
@@ -297,7 +298,7 @@ class _DeferredCheck:
         if bool(self._finite):
             return
         for weight in self._weights:
-            values = stored_weight(weight.module, weight.slot).detach()
+            values = full_tensor(stored_weight(weight.module, weight.slot).detach())
             if not bool(torch.isfinite(values).all()):
                 raise RuntimeError(
                     f"weight '{weight.name}' {list(values.shape)} holds NaN or infinite values, so its sparsity "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from autosparse_fx._compat import full_tensor
+from autosparse_fx.dtensors import full_tensor
 from autosparse_fx.files import checked_path, written
 
 if TYPE_CHECKING:
