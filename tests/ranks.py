@@ -59,7 +59,11 @@ class Recurrent(nn.Module):
         return self.head(self.lstm(F.relu(self.stem(x)).unsqueeze(1))[0][:, 0])
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"mlp": reference.mlp, "recurrent": Recurrent}
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "mlp": reference.mlp,
+    "recurrent": Recurrent,
+    "residual": reference.Residual,
+}
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -97,7 +101,10 @@ def outcome(model: nn.Module, annealer: GradientAnnealing) -> dict[str, Any]:
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any], *, exactly: bool) -> None:
-    """Compare two outcomes, to the last bit or to rounding; counts of zeros are the same in both cases."""
+    """Compare two outcomes, to the last bit or to rounding, and print by how much they differ (pytest -s).
+
+    Counts of zeros are the same in both cases.
+    """
     for part in ("state", "thresholds"):
         assert list(found[part]) == list(expected[part]) != []
         for name, t in expected[part].items():
@@ -107,3 +114,6 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any], *, exactly: boo
                 torch.testing.assert_close(found[part][name], t, rtol=1e-12, atol=1e-12, msg=name)
     for part in ("sparsity", "zeros", "alpha", "steps", "history"):
         assert found[part] == expected[part], part
+    difference = max(float((found["state"][name] - t).abs().max()) for name, t in expected["state"].items())
+    test = os.environ.get("PYTEST_CURRENT_TEST", "").partition(" ")[0].rpartition("/")[2]
+    print(f"{test}: sparsity {found['sparsity']:.4f}, largest difference {difference:.1e}")

@@ -16,14 +16,16 @@ from autosparse_fx import AutoSparse, GradientAnnealing, sparsify
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
-CASES = [(model, granularity) for model in ranks.MODELS for granularity in ("layer", "channel")]
+CASES = [(model, granularity) for model in ("mlp", "recurrent") for granularity in ("layer", "channel")]
 
 
-def train(model: str, granularity: str, *, wrapped: bool) -> dict[str, Any]:
+def train(model: str, granularity: str, *, wrapped: bool, compiled: bool = False) -> dict[str, Any]:
     # Each rank starts with other weights, and so with other cuts: DDP broadcasts those of rank 0.
     torch.manual_seed(dist.get_rank() if wrapped else 0)
     made = sparsify(ranks.MODELS[model](), AutoSparse(0.8, granularity=granularity)).double()
     step = DistributedDataParallel(made, bucket_cap_mb=0.01) if wrapped else made
+    if compiled:
+        step = torch.compile(step, backend="aot_eager")  # in parts, so that buckets can be sent between them
     optimizer = ranks.sgd(made)
     annealer = GradientAnnealing(step, ranks.STEPS, optimizer)
     reference.train(step, optimizer, ranks.batches(part=ranks.own_part() if wrapped else slice(None)))
@@ -49,6 +51,18 @@ def test_two_processes_train_what_one_does(found: list[dict[str, Any]], case: in
     ranks.assert_same(first, second, exactly=True)
     ranks.assert_same(first, train(*CASES[case], wrapped=False), exactly=False)
     assert first["sparsity"] == pytest.approx(0.8, abs=0.005) and first["alpha"] == 0
+
+
+def train_compiled() -> dict[str, Any]:
+    dist._DEFAULT_FIRST_BUCKET_BYTES = 512  # type: ignore[attr-defined]
+    return train("residual", "layer", wrapped=True, compiled=True)
+
+
+@pytest.mark.slow
+def test_compiled_ddp_trains_what_one_process_does(tmp_path: Path) -> None:
+    first, second = ranks.run(train_compiled, tmp_path)
+    ranks.assert_same(first, second, exactly=True)
+    ranks.assert_same(first, train("residual", "layer", wrapped=False), exactly=False)
 
 
 # Overlap of communication with the backward pass.
