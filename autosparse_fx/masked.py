@@ -211,10 +211,9 @@ def masked_weight(module: MaskedModule, slot: Slot) -> Tensor:
 
 
 def _is_sharded_by_fsdp(module: MaskedModule, slot: Slot) -> bool:
-    """Whether FSDP2 holds this weight sharded at the moment (between two forwards), and must read it as it is.
+    """Whether FSDP2 holds this weight sharded at the moment, between two forwards: it reads it then, as it is.
 
-    It does so at lazy initialisation. What it gathers has the mesh of the offset, which it leaves alone: none, or that
-    of the tensor parallelism within it.
+    What it gathers has the mesh of the offset, which it leaves alone: none, or that of tensor parallelism within it.
     """
     weight, (_, offset) = stored_weight(module, slot), mask_state(module, slot)
     if not dtensors.is_dtensor(weight):
