@@ -52,17 +52,9 @@ def register_lowerings_if_inductor_is_loaded() -> None:
         import autosparse_fx.lowering  # noqa: F401  (registers on import)
 
 
-def is_sharded_by_fsdp(module: nn.Module, parameter: Tensor) -> bool:
-    """Whether FSDP2 holds this parameter sharded at the moment (between two forwards). 2.11-2.15.
-
-    FSDP2 reads sharded parameters through ``getattr(module, name)`` at lazy initialisation and must get them as
-    they are. The attribute is what ``fully_shard`` sets on every module that it manages.
-    """
-    if type(parameter) is nn.Parameter or not getattr(module, "_is_fsdp_managed_module", False):
-        return False  # the type first: it is guarded anyway, and a missing attribute costs a guard in every layer
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(parameter, DTensor)
+def is_managed_by_fsdp(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` has this module's parameters: the attribute is what it sets. 2.11-2.15."""
+    return getattr(module, "_is_fsdp_managed_module", False)
 
 
 def inductor_lowerings() -> dict[Any, Callable[..., Any]]:
@@ -84,12 +76,6 @@ def weak_tensor_ref(tensor: Tensor) -> Callable[[], Tensor | None]:
     from torch.utils.weak import TensorWeakRef
 
     return TensorWeakRef(tensor)
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that FSDP2 may hold sharded. 2.11-2.15."""
-    gather = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()
 
 
 def register_backend_once(name: str, backend: Callable[..., Any]) -> None:

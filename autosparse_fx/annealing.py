@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 from autosparse_fx.attach import masked_modules
 from autosparse_fx.consistency import refuse_broken_ties
 from autosparse_fx.decay import annealed_alpha
+from autosparse_fx.dtensors import full_tensor
 from autosparse_fx.history import RECORDS, History
-from autosparse_fx.masked import ALPHA, alpha_of, logit, mask_state, reset_mask, stored_weight
+from autosparse_fx.masked import ALPHA, alpha_of, full_logit, mask_state, reset_mask, stored_weight
 from autosparse_fx.optimizers import optimizer_steps, warn_of_late_weights, warn_of_untrained_parameters
 from autosparse_fx.plan import Plan
 from autosparse_fx.steering import SteeredWeight, scheduled_sparsity, steer
@@ -215,7 +216,7 @@ class GradientAnnealing:
             for slot in module._autosparse_slots:
                 stored = stored_weight(module, slot)
                 name, path = module._autosparse.weights[slot.name].name, f"{prefix}.{slot.name}"
-                weights.setdefault(id(stored), (name, path, stored.detach(), logit(module, slot).detach()))
+                weights.setdefault(id(stored), (name, path, stored.detach(), full_logit(module, slot)))
         names = {name for name, *_ in weights.values()}
         apart = len(names) < len(weights)  # parts that were prepared on their own, by the same names
         rows = [(path if apart else name, stored, s) for name, path, stored, s in weights.values()]
@@ -294,14 +295,14 @@ class _DeferredCheck:
         if bool(self._finite):
             return
         for weight in self._weights:
-            values = stored_weight(weight.module, weight.slot).detach()
+            values = full_tensor(stored_weight(weight.module, weight.slot).detach())
             if not bool(torch.isfinite(values).all()):
                 raise RuntimeError(
                     f"weight '{weight.name}' {list(values.shape)} holds NaN or infinite values, so its sparsity "
                     "cannot be steered: the training has diverged (lower the learning rate, clip gradients, or use "
                     "GradScaler with fp16), and the last checkpoint before it is the one to resume from"
                 )
-            if not bool(torch.isfinite(logit(weight.module, weight.slot)).all()):
+            if not bool(torch.isfinite(full_logit(weight.module, weight.slot)).all()):
                 raise RuntimeError(
                     f"the threshold of weight '{weight.name}' is NaN or infinite, so its sparsity cannot be steered: "
                     "the training has diverged, or the checkpoint that was loaded is damaged"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from autosparse_fx._compat import full_tensor
+from autosparse_fx.dtensors import full_tensor
 from autosparse_fx.files import checked_path, written
 
 if TYPE_CHECKING:
@@ -201,9 +201,12 @@ class History:
             self._columns.append(_Columns(int(step), alpha, (name,), torch.tensor([[sparsity], [cut]])))
 
     def state(self) -> dict[str, Any]:
-        """Plain values, fit for JSON, for ``annealer.state_dict()``."""
+        """Plain values, fit for JSON, for ``annealer.state_dict()``.
+
+        No dict by names of weights: ``torch.distributed.checkpoint`` loads only keys that a dict has already.
+        """
         return {
-            "numel": dict(self.numel),
+            "numel": [[name, numel] for name, numel in self.numel.items()],
             "records": [[c.step, c.alpha, list(c.names), c.values.tolist()] for c in self._columns],
         }
 

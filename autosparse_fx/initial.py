@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from autosparse_fx.config import AutoSparse
+from autosparse_fx.dtensors import full_tensor, placed_beside
 from autosparse_fx.plan import MaskedWeight
 
 # "auto" starts at a cut of min(AUTO_CUT * sqrt(fan_in), AUTO_CUT_MAX) standard deviations of the layer's own weights,
@@ -29,7 +30,8 @@ def initial_logit(weight: Tensor, threshold_init: float | str, axis: int) -> tup
     if threshold_init != "auto":
         return float(threshold_init), False
     fan_in = max(1, weight.numel() // max(1, weight.shape[axis]))
-    std = math.nan if weight.is_meta or weight.numel() < 2 else float(weight.detach().float().std())
+    unknown = weight.is_meta or weight.numel() < 2
+    std = math.nan if unknown else float(full_tensor(weight.detach()).float().std())
     provisional = not (math.isfinite(std) and std > 0)
     if provisional:
         std = 1 / math.sqrt(3 * fan_in)
@@ -48,4 +50,5 @@ def new_mask(parameter: Tensor, axis: int, weight: MaskedWeight) -> tuple[nn.Par
     logit, weight.provisional = initial_logit(parameter, weight.config.threshold_init, axis)
     shape = threshold_shape(parameter, axis, weight.config)
     offset = torch.full(shape, logit, dtype=torch.float32, device=parameter.device)
+    offset = placed_beside(offset, parameter, axis)
     return nn.Parameter(torch.zeros_like(offset)), offset

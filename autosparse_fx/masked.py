@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from autosparse_fx import _compat
+from autosparse_fx import _compat, dtensors
 from autosparse_fx.initial import initial_logit
 from autosparse_fx.ops import threshold_mask
 from autosparse_fx.plan import ModuleState, Slot
@@ -55,6 +55,8 @@ class MaskedModule(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         for slot in self._autosparse_slots:
+            if name == slot.name and dtensors.is_dtensor(param) and not dtensors.is_dtensor(mask_state(self, slot)[1]):
+                _refuse_late_dtensor(self, slot, "cannot become a DTensor after sparsify")
             if name in (f"{slot.name}_orig", f"{slot.threshold}_orig"):
                 _refuse_second_owner(self, slot)
         super().register_parameter(name, param)
@@ -64,6 +66,18 @@ class MaskedModule(nn.Module):
             "autosparse_fx does not support torch.nn.DataParallel, whose replicas hold no parameters: "
             "use torch.nn.parallel.DistributedDataParallel"
         )
+
+    @property
+    def _distribute_module_applied(self) -> bool:
+        """What ``parallelize_module`` asks first, before it reads weights, and sets at last. 2.11-2.15."""
+        for slot in self._autosparse_slots:
+            if not dtensors.is_dtensor(mask_state(self, slot)[1]):
+                _refuse_late_dtensor(self, slot, "cannot become a DTensor after sparsify")
+        return bool(self.__dict__.get("_distribute_module_applied", False))
+
+    @_distribute_module_applied.setter
+    def _distribute_module_applied(self, value: bool) -> None:
+        self.__dict__["_distribute_module_applied"] = value
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move thresholds, offsets and alpha along, but keep them in float32 and shared where they were shared."""
@@ -163,8 +177,18 @@ class MaskedModule(nn.Module):
 def logit(module: MaskedModule, slot: Slot) -> Tensor:
     """Return ``s = offset + scale * threshold``, shaped ``[1]``, or ``[C, 1, ...]`` for per-channel thresholds."""
     threshold, offset = mask_state(module, slot)
-    if _compat.is_sharded_by_fsdp(module, threshold):
-        threshold = _compat.full_tensor(threshold)  # type: ignore[assignment]
+    if type(threshold) is not nn.Parameter:
+        return _logit(module, slot, dtensors.with_summed_gradient(threshold), offset)
+    return _logit(module, slot, threshold, offset)
+
+
+def full_logit(module: MaskedModule, slot: Slot) -> Tensor:
+    """:func:`logit`, without gradients and gathered from where it is sharded: then every rank must call this."""
+    threshold, offset = mask_state(module, slot)
+    return _logit(module, slot, dtensors.full_tensor(threshold.detach()), dtensors.full_tensor(offset))
+
+
+def _logit(module: MaskedModule, slot: Slot, threshold: Tensor, offset: Tensor) -> Tensor:
     s: Tensor = offset + module._autosparse_scale * threshold
     if s.shape[0] != 1:
         dims = stored_weight(module, slot).dim()
@@ -197,12 +221,33 @@ def masked_weight(module: MaskedModule, slot: Slot) -> Tensor:
     if (
         module._parameters.get(slot.threshold) is None
         or module._autosparse.plan.scope.depth > 0
-        or _compat.is_sharded_by_fsdp(module, weight)
+        or (type(weight) is not nn.Parameter and _is_sharded_by_fsdp(module, slot))
     ):
         return weight
     if torch.compiler.is_compiling():
         return threshold_mask(weight, logit(module, slot), alpha_of(module))
     return masked_once(weight, lambda: _mask(module, slot, weight))
+
+
+def _is_sharded_by_fsdp(module: MaskedModule, slot: Slot) -> bool:
+    """Whether FSDP2 holds this weight sharded at the moment, between two forwards: it reads it then, as it is.
+
+    What it gathers has the mesh of the offset, which it leaves alone: none, or that of tensor parallelism within it.
+    """
+    weight, (_, offset) = stored_weight(module, slot), mask_state(module, slot)
+    if not dtensors.is_dtensor(weight):
+        return False
+    same = dtensors.is_dtensor(offset) and offset.device_mesh == weight.device_mesh
+    if not same and not _compat.is_managed_by_fsdp(module):
+        _refuse_late_dtensor(module, slot, "became a DTensor after sparsify, but its threshold did not")
+    return not same
+
+
+def _refuse_late_dtensor(module: MaskedModule, slot: Slot, what: str) -> None:
+    raise RuntimeError(
+        f"{_describe(module, slot.name)} {what}: parallelize the model first (parallelize_module, distribute_module), "
+        "then sparsify it, then fully_shard it"
+    )
 
 
 def _mask(module: MaskedModule, slot: Slot, weight: Tensor) -> Tensor:
@@ -215,8 +260,9 @@ def _mask(module: MaskedModule, slot: Slot, weight: Tensor) -> Tensor:
 
 
 def masked_value(module: MaskedModule, slot: Slot) -> Tensor:
-    """Return the masked weight wherever it is read from, gathered where FSDP2 holds it sharded."""
-    return threshold_mask(_compat.full_tensor(stored_weight(module, slot)), logit(module, slot), alpha_of(module))
+    """Return the whole masked weight, gathered where it is sharded: then every rank must call this."""
+    weight = dtensors.full_tensor(stored_weight(module, slot))
+    return threshold_mask(weight, full_logit(module, slot), alpha_of(module))
 
 
 def reset_mask(module: MaskedModule, slot: Slot) -> None:
@@ -256,6 +302,9 @@ class _MaskedRNN(MaskedModule):
         pass  # derived from the parameters at every read
 
     def __setattr__(self, name: str, value: object) -> None:
+        if dtensors.is_dtensor(value) and name in self._parameters:
+            self._parameters[name] = value  # type: ignore[assignment]  # so does FSDP2 with modules that do not set
+            return
         nn.Module.__setattr__(self, name, value)  # type: ignore[arg-type]  # not RNNBase's, which updates the list
 
     def _weights_have_changed(self) -> bool:

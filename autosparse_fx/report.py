@@ -12,7 +12,7 @@ from autosparse_fx.attach import masked_modules
 from autosparse_fx.consistency import refuse_broken_ties
 from autosparse_fx.hidden.masks import all_masked_modules
 from autosparse_fx.history import History
-from autosparse_fx.masked import MaskedModule, logit, mask_state, masked_value, stored_weight
+from autosparse_fx.masked import MaskedModule, full_logit, mask_state, masked_value, stored_weight
 from autosparse_fx.plan import Plan, Slot
 from autosparse_fx.selection import Candidate, collect, reason, refuse_lazy_parameters
 from autosparse_fx.sparsity_report import UNITS, Cost, LayerReport, SparsityReport
@@ -116,7 +116,7 @@ def _count_zeros(model: nn.Module) -> SparsityReport:
                 embeddings.append(candidate.name)
             module, slot = masked
             weight = masked_value(module, slot)
-            cut = float(torch.sigmoid(logit(module, slot)).mean())
+            cut = float(torch.sigmoid(full_logit(module, slot)).mean())
             target = module._autosparse.weights[slot.name].config.target_sparsity
         zeros = weight.numel() - int(torch.count_nonzero(weight))
         layers.append(
@@ -196,7 +196,7 @@ def thresholds(model: nn.Module) -> dict[str, Tensor]:
         masked = by_weight.get(id(candidate.parameter))
         if masked is not None:
             module, slot = masked
-            found[candidate.name] = logit(module, slot).detach().reshape(-1).clone()
+            found[candidate.name] = full_logit(module, slot).reshape(-1).clone()
     return found
 
 

@@ -3,11 +3,11 @@
 import sys
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
-from autosparse_fx._compat import ConvNd, ConvTransposeNd
+from autosparse_fx._compat import ConvNd, ConvTransposeNd, is_managed_by_fsdp
 from autosparse_fx.config import AutoSparse, matches
+from autosparse_fx.dtensors import is_dtensor
 from autosparse_fx.plan import Slot
 
 # Suffixes under which torch.nn.utils keeps a weight that it owns.
@@ -133,15 +133,11 @@ def check_tensor(p: Tensor, name: str) -> None:
             f"weight '{name}' {list(p.shape)} is {p.dtype}, and only real floating-point weights can be "
             f"masked: sparsify before quantizing, or leave it dense with rules={{{name!r}: None}}"
         )
-    if type(p) is not nn.Parameter and not _is_dtensor(p):
+    if type(p) is not nn.Parameter and not is_dtensor(p):
         raise TypeError(
             f"weight '{name}' {list(p.shape)} is a {type(p).__name__}: sparsify before converting it, or "
             f"leave it dense with rules={{{name!r}: None}}"
         )
-
-
-def _is_dtensor(p: Tensor) -> bool:
-    return torch.distributed.is_available() and type(p).__name__ == "DTensor"
 
 
 def refuse_lazy_parameters(model: nn.Module) -> None:
@@ -161,7 +157,7 @@ def refuse_wrappers(model: nn.Module) -> None:
                 f"autosparse_fx does not support {kind.__name__} (module '{name}'): sparsify the plain model, then "
                 f"wrap it with {cure}"
             )
-        if getattr(module, "_is_fsdp_managed_module", False) and not hasattr(module, "_autosparse"):
+        if is_managed_by_fsdp(module) and not hasattr(module, "_autosparse"):
             raise ValueError(
                 f"module '{name}' is managed by FSDP2 already, which would not reduce the gradients of new thresholds: "
                 "call sparsify first, and fully_shard after it"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from autosparse_fx.attach import attach, detach, masked_modules, remask
 from autosparse_fx.config import AutoSparse
 from autosparse_fx.consistency import is_masked
+from autosparse_fx.dtensors import placed_like
 from autosparse_fx.hidden.masks import all_masked_modules, hidden_mask, hidden_masks, release
 from autosparse_fx.initial import new_mask, threshold_shape
 from autosparse_fx.masked import ALPHA, MaskedModule, alpha_of, mask_state, masked_class, masked_value, stored_weight
@@ -67,6 +68,7 @@ def sparsify(
     if not isinstance(config, AutoSparse):
         raise TypeError(f"sparsify takes an autosparse_fx.AutoSparse as its configuration, got {type(config).__name__}")
     refuse_wrappers(model)
+    _refuse_ddp(model)
     prepared = masked_modules(model)
     if prepared:
         name, first = prepared[0]
@@ -162,7 +164,7 @@ def finalize(model: ModuleT) -> ModuleT:
                 parameter = stored_weight(module, slot)
                 if id(parameter) not in done:
                     done.add(id(parameter))
-                    parameter.copy_(masked_value(module, slot))
+                    parameter.copy_(placed_like(masked_value(module, slot), parameter))
     for _, module in modules:
         detach(module)
     for _, parameter, _ in list(hidden_masks(model)):
@@ -250,6 +252,15 @@ def _shared_alpha(alphas: dict[torch.device, Tensor], device: torch.device, valu
     if device not in alphas:
         alphas[device] = torch.full((), value, dtype=torch.float32, device=device)
     return alphas[device]
+
+
+def _refuse_ddp(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel) and not masked_modules(module):
+            raise ValueError(
+                f"module '{name}' is DistributedDataParallel already, which would not average the gradients of new "
+                "thresholds over the ranks: sparsify the plain model, then wrap it"
+            )
 
 
 def _refuse_unmasked_parts(model: nn.Module, config: AutoSparse) -> None:

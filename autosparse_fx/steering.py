@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autosparse_fx._compat import full_tensor
-from autosparse_fx.masked import MaskedModule, logit, stored_weight
+from autosparse_fx.dtensors import full_tensor, placed_like
+from autosparse_fx.masked import MaskedModule, full_logit, stored_weight
 from autosparse_fx.plan import Slot
 
 MAX_CUT = 0.95
@@ -78,18 +78,19 @@ def steer(
     """
     limit = EXACT_SAMPLE if exact else SAMPLE
     samples, log_cuts, cuts, numels, sizes = [], [], [], [], []
-    parameters = []
+    norms = []  # or, where nothing was gathered, what they are of
     for weight in weights:
-        parameter = full_tensor(stored_weight(weight.module, weight.slot).detach())
-        log_cut = F.logsigmoid(logit(weight.module, weight.slot)).reshape(-1)
+        stored = stored_weight(weight.module, weight.slot).detach()
+        parameter = full_tensor(stored)
+        log_cut = F.logsigmoid(full_logit(weight.module, weight.slot).float()).reshape(-1)
         sample, sample_cut = _sample(parameter, log_cut, weight.slot.axis, limit)
-        samples.append(sample.float())
+        samples.append(sample.float() if parameter is stored else sample.float().clone())  # frees what was gathered
         cuts.append(sample_cut)
         log_cuts.append(log_cut)
         numels.append(parameter.numel())
         sizes.append(sample.numel())
-        parameters.append(parameter)
-    finite = torch.isfinite(torch.nn.utils.get_total_norm(parameters))
+        norms.append(parameter if parameter is stored else torch.linalg.vector_norm(parameter))
+    finite = torch.isfinite(torch.nn.utils.get_total_norm(norms))
     device = samples[0].device
     size = torch.tensor(sizes, dtype=torch.float32).to(device, non_blocking=True)
     numel = torch.tensor(numels, dtype=torch.float32).to(device, non_blocking=True)
@@ -115,7 +116,7 @@ def steer(
         new_cut = torch.clamp(log_cut + shifts[i], max=math.log(MAX_CUT))
         change = torch.where(finite, _logit_of_log(new_cut) - _logit_of_log(log_cut), 0.0)
         for offset in weight.offsets:
-            offset.add_(change)
+            offset.add_(placed_like(change, offset))
     return finite
 
 
