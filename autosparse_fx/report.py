@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from autosparse_fx import _compat
 from autosparse_fx.attach import masked_modules
-from autosparse_fx.hidden.masks import all_masked_modules
+from autosparse_fx.hidden.masks import all_masked_modules, hidden_masks
 from autosparse_fx.history import History
 from autosparse_fx.masked import MaskedModule, logit, mask_state, masked_value, stored_weight
 from autosparse_fx.plan import Plan, Slot
@@ -88,6 +88,7 @@ def _count_zeros(model: nn.Module) -> SparsityReport:
     plans = _plans_of(model)
     embeddings: list[str] = []
     own = _thresholds_of(model)
+    captured = next(hidden_masks(model), None) is not None
     for candidate in collect(model):
         if id(candidate.parameter) in own:
             continue
@@ -98,7 +99,7 @@ def _count_zeros(model: nn.Module) -> SparsityReport:
         masked = by_weight.get(id(candidate.parameter))
         if masked is None and (prepared or candidate.axis is None):
             if prepared:
-                skipped[candidate.name] = (candidate.parameter.numel(), _reason_for(candidate, plans))
+                skipped[candidate.name] = (candidate.parameter.numel(), _reason_for(candidate, plans, captured))
             continue
         weight: Tensor = candidate.parameter
         cut = target = None
@@ -219,7 +220,7 @@ def _plans_of(model: nn.Module) -> list[tuple[Plan, str, str]]:
     return list(found.values())
 
 
-def _reason_for(candidate: Candidate, plans: list[tuple[Plan, str, str]]) -> str:
+def _reason_for(candidate: Candidate, plans: list[tuple[Plan, str, str]], captured: bool) -> str:
     for plan, then, now in plans:
         for name in candidate.names:
             if not now or name.startswith(f"{now}."):
@@ -227,7 +228,7 @@ def _reason_for(candidate: Candidate, plans: list[tuple[Plan, str, str]]) -> str
                 known = plan.skipped.get(f"{then}.{inner}" if then else inner)
                 if known is not None:
                     return known
-    return reason(candidate)
+    return reason(candidate, looked_for=captured)
 
 
 def _masked_by_weight(model: nn.Module) -> dict[int, tuple[MaskedModule, Slot]]:

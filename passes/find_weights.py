@@ -49,7 +49,8 @@ def _multiplied(gm: GraphModule, inputs: set[Node]) -> Iterator[tuple[Node, int 
 def _inside(gm: GraphModule, node: Node, varying: set[Node]) -> Iterator[Operand]:
     """The operands of a higher-order op that its subgraphs multiply by."""
     for subgraph, passed in _subgraphs(gm, node):
-        for source, axis, is_weight in _multiplied(subgraph, {p for p, operand in passed.items() if operand in varying}):
+        inputs = {placeholder for placeholder, operand in passed.items() if operand in varying}
+        for source, axis, is_weight in _multiplied(subgraph, inputs):
             if source in passed:
                 yield Operand(passed[source], axis, is_weight)
 

@@ -1,4 +1,4 @@
-"""origins: the placeholders that a tensor is a view, a copy, a joining or a scaling of, and where an axis of it lies."""
+"""origins: the placeholders that a tensor is viewed, copied, joined or computed from, and where an axis of it was."""
 
 import math
 from collections.abc import Iterator, Sequence, Set
@@ -13,12 +13,12 @@ from autosparse_fx.passes.modes import VIEWS, bare_name, function_name
 # Through these and through VIEWS the first operand is still the same weight. They copy it.
 _COPIES = frozenset(
     {
-        *("clone", "to_copy", "index_select", "repeat", "tile", "repeat_interleave", "unsafe_chunk", "unsafe_split"),
-        *("unsafe_split_with_sizes", "add_batch_dim"),  # the latter is how vmap takes one of many
-        *("pad", "constant_pad_nd", "flip", "fliplr", "flipud", "roll", "rot90", "tril", "triu"),
-        *("normalize", "batch_norm", "dropout", "alpha_dropout", "feature_dropout", "masked_fill"),
-        *("abs", "neg", "negative", "pos", "positive", "sign", "round", "relu", "tanh", "clamp", "clip", "clamp_min"),
-        *("clamp_max",),
+        *("clone", "to_copy", "index_select", "repeat", "tile", "repeat_interleave", "pad", "constant_pad_nd"),
+        *("unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes", "add_batch_dim"),  # the last is vmap's
+        *("flip", "fliplr", "flipud", "roll", "rot90", "tril", "triu", "masked_fill"),
+        *("dropout", "alpha_dropout", "feature_dropout", "normalize", "batch_norm"),
+        *("abs", "neg", "negative", "pos", "positive", "sign", "round", "relu", "tanh"),
+        *("clamp", "clip", "clamp_min", "clamp_max"),
     }
 )
 # Arithmetic between a weight and scales, shifts, masks and other weights. What does not keep a zero where it is
@@ -75,8 +75,8 @@ def origins(tensor: Node, axis: int | None, inputs: Set[Node], *, is_weight: boo
 
 
 def depending_on(inputs: Set[Node], nodes: Sequence[Node]) -> set[Node]:
-    """``inputs`` and, of all ``nodes`` (in order), those whose value depends on the values of them."""
-    found = set(inputs)
+    """The tensors among ``inputs`` and, of all ``nodes`` (in order), those that are computed from them."""
+    found = {node for node in inputs if _is_tensor(_value(node))}
     for node in nodes:
         if node.op in ("placeholder", "get_attr") or not _is_tensor(_value(node)):
             continue

@@ -21,29 +21,31 @@ class Operand:
 # Operations that take a weight and what it is applied to, by the bare name that they have as functions of torch, of
 # torch.nn.functional and of aten alike: for each position that holds a weight, the axis of its output channels.
 _LAYERS: dict[str, dict[int, int]] = {
-    **dict.fromkeys(("linear", "linear_cross_entropy", "conv1d", "conv2d", "conv3d", "convolution"), {1: 0}),
-    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), {1: 1}),
+    **{name: {1: 0} for name in ("linear", "linear_cross_entropy", "conv1d", "conv2d", "conv3d", "convolution")},
+    **{name: {1: 1} for name in ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")},
     "conv_tbc": {1: 2},
     "bilinear": {2: 0},
 }
 _TRANSPOSED = 6  # the position of the argument of ``convolution`` that says so
-# Products of tensors of which any may be the weight.
+# Products of tensors of which any may be the weight. grouped_mm_fallback is transformers' own.
 _PRODUCTS: dict[str, dict[int, int]] = {
-    **dict.fromkeys(("matmul", "imatmul", "mm", "bmm", "mv", "tensordot"), {0: -2, 1: -1}),
-    **dict.fromkeys(("grouped_mm", "grouped_mm_fallback"), {0: -2, 1: -1}),  # the latter is transformers' own
+    **{name: {0: -2, 1: -1} for name in ("matmul", "imatmul", "mm", "bmm", "mv", "tensordot")},
+    **{name: {0: -2, 1: -1} for name in ("grouped_mm", "grouped_mm_fallback")},
     "rmatmul": {0: -1, 1: -2},
-    **dict.fromkeys(("inner", "dot", "vdot", "vecdot", "outer", "ger", "kron"), {0: -2, 1: -2}),
-    **dict.fromkeys(("addmm", "baddbmm", "addbmm", "addmv"), {1: -2, 2: -1}),
+    **{name: {0: -2, 1: -2} for name in ("inner", "dot", "vdot", "vecdot", "outer", "ger", "kron")},
+    **{name: {1: -2, 2: -1} for name in ("addmm", "baddbmm", "addbmm", "addmv")},
     "addr": {1: 0, 2: 0},
     "scaled_dot_product_attention": {0: -2, 1: -2, 2: -1},
 }
 _CHAINS = frozenset({"chain_matmul", "multi_dot"})  # products of any number of matrices
-# The names that an operand may be passed by, by its position.
+# The names that an operand may be passed by, by its position. Where a call has two of one line, the first is meant.
 _KEYWORDS = {
-    0: ("input", "self", "a", "x", "query"),
-    1: ("weight", "linear_weight", "other", "mat2", "mat1", "batch1", "mat", "vec", "vec1", "vec2", "tensor", "b", "y")
-    + ("key",),
-    2: ("weight", "mat2", "batch2", "vec", "vec2", "value"),
+    0: ("input", "self", "query", "a", "x", "mat_a"),
+    1: (
+        *("weight", "linear_weight", "other", "tensor", "key", "b", "y", "mat_b"),
+        *("mat1", "batch1", "vec1", "mat", "mat2", "vec2", "vec"),
+    ),
+    2: ("weight", "mat2", "batch2", "vec2", "vec", "value"),
 }
 # Calls that hold several weights, by the names of those (all with their output channels first).
 _MANY: dict[str, dict[int, str]] = {
@@ -54,7 +56,7 @@ _MANY: dict[str, dict[int, str]] = {
         19: "k_proj_weight",
         20: "v_proj_weight",
     },
-    **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), {2: "w_ih", 3: "w_hh"}),
+    **{cell: {2: "w_ih", 3: "w_hh"} for cell in ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")},
     "native_multi_head_attention": {5: "qkv_weight", 7: "proj_weight"},
     "transformer_encoder_layer_fwd": {3: "qkv_weight", 5: "proj_weight", 14: "ffn_weight_1", 16: "ffn_weight_2"},
 }
@@ -72,12 +74,13 @@ def operands(node: Node) -> list[Operand]:
     if name == "einsum":
         return _einsum_operands(node)
     if name in _CHAINS:
-        factors = [f for arg in node.args for f in (arg if isinstance(arg, (list, tuple)) else [arg])]
+        given = node.args or tuple(node.kwargs.values())
+        factors = [f for arg in given for f in (arg if isinstance(arg, (list, tuple)) else [arg])]
         last = len(factors) - 1
         return [Operand(f, -1 if i == last else -2) for i, f in enumerate(factors) if isinstance(f, Node)]
     if name in _MANY:
-        given = [_argument(node, position, (keyword,)) for position, keyword in _MANY[name].items()]
-        return [Operand(weight, 0, is_weight=True) for weight in given if isinstance(weight, Node)]
+        weights = [_argument(node, position, (keyword,)) for position, keyword in _MANY[name].items()]
+        return [Operand(weight, 0, is_weight=True) for weight in weights if isinstance(weight, Node)]
     is_layer = name in _LAYERS
     found = []
     for position, axis in (_LAYERS if is_layer else _PRODUCTS).get(name, {}).items():
@@ -115,11 +118,11 @@ def _einsum_operands(node: Node) -> list[Operand]:
 
 def _equation(node: Node) -> tuple[list[Any], list[list[Any]], list[Any]]:
     """The operands of an einsum, the letters of each, and those of the output, without the ellipsis there."""
-    equation, *rest = node.args or (node.kwargs.get("equation"),)
+    given: list[Any] = [*node.args] if node.args else [node.kwargs.get("equation"), node.kwargs.get("operands")]
+    equation, *rest = given
     if not isinstance(equation, str):  # einsum(x, [0, 1], w, [1, 2], [0, 2])
-        flat = [equation, *rest]
-        tensors, terms = flat[0 : len(flat) // 2 * 2 : 2], [list(term) for term in flat[1::2]]  # type: ignore[call-overload]
-        output = list(flat[-1]) if len(flat) % 2 else None  # type: ignore[arg-type]
+        tensors, terms = given[: len(given) // 2 * 2 : 2], [list(term) for term in given[1::2]]
+        output = list(given[-1]) if len(given) % 2 else None
     else:
         tensors = list(rest[0]) if len(rest) == 1 and isinstance(rest[0], (list, tuple)) else rest
         inputs, arrow, result = equation.replace(" ", "").partition("->")
