@@ -42,7 +42,7 @@ _CHAINS = frozenset({"chain_matmul", "multi_dot"})  # products of any number of 
 _KEYWORDS = {
     0: ("input", "self", "query", "a", "x", "mat_a"),
     1: (
-        *("weight", "linear_weight", "other", "tensor", "key", "b", "y", "mat_b"),
+        *("linear_weight", "weight", "other", "tensor", "key", "b", "y", "mat_b"),
         *("mat1", "batch1", "vec1", "mat", "mat2", "vec2", "vec"),
     ),
     2: ("weight", "mat2", "batch2", "vec2", "vec", "value"),
