@@ -132,6 +132,14 @@ def placeholder_tensor(node: Node) -> Tensor | None:
     return example if isinstance(example, Tensor) else None
 
 
+def share_storage(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors, fake ones too, are views of the same memory; not known of those within vmap. 2.11-2.15."""
+    try:
+        return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return False
+
+
 def is_fixed(size: torch.SymInt, example: int) -> bool:
     """Whether a graph demands of one of its sizes that it stay as it was in the example. 2.11-2.15.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from autosparse_fx import _compat
 from autosparse_fx.attach import masked_modules
 from autosparse_fx.consistency import refuse_broken_ties
-from autosparse_fx.hidden.masks import all_masked_modules
+from autosparse_fx.hidden.masks import all_masked_modules, hidden_masks
 from autosparse_fx.history import History
 from autosparse_fx.masked import MaskedModule, full_logit, mask_state, masked_value, stored_weight
 from autosparse_fx.plan import Plan, Slot
@@ -92,6 +92,7 @@ def _count_zeros(model: nn.Module) -> SparsityReport:
     own = _thresholds_of(model)
     refuse_lazy_parameters(model)
     refuse_broken_ties(model)
+    captured = next(hidden_masks(model), None) is not None
     for candidate in collect(model):
         if id(candidate.parameter) in own:
             continue
@@ -102,7 +103,7 @@ def _count_zeros(model: nn.Module) -> SparsityReport:
         masked = by_weight.get(id(candidate.parameter))
         if masked is None and (prepared or candidate.axis is None):
             if prepared:
-                skipped[candidate.name] = (candidate.parameter.numel(), _reason_for(candidate, plans))
+                skipped[candidate.name] = (candidate.parameter.numel(), _reason_for(candidate, plans, captured))
             continue
         weight: Tensor = candidate.parameter
         if weight.is_meta:
@@ -228,7 +229,7 @@ def plans_of(model: nn.Module) -> list[tuple[Plan, str, str]]:
     return list(found.values())
 
 
-def _reason_for(candidate: Candidate, plans: list[tuple[Plan, str, str]]) -> str:
+def _reason_for(candidate: Candidate, plans: list[tuple[Plan, str, str]], captured: bool) -> str:
     for plan, then, now in plans:
         for name in candidate.names:
             if not now or name.startswith(f"{now}."):
@@ -236,9 +237,9 @@ def _reason_for(candidate: Candidate, plans: list[tuple[Plan, str, str]]) -> str
                 known = plan.skipped.get(f"{then}.{inner}" if then else inner)
                 if known is not None:
                     return known
-    if candidate.axis is not None:
+    if candidate.axis is not None and not captured:
         return "was no part of the model when sparsify prepared it: finalize the model and sparsify all of it"
-    return reason(candidate)
+    return reason(candidate, looked_for=captured)
 
 
 def _masked_by_weight(model: nn.Module) -> dict[int, tuple[MaskedModule, Slot]]:

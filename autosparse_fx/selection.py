@@ -92,10 +92,10 @@ def select(model: nn.Module, config: AutoSparse, used: dict[int, int] | None = N
             raise ValueError(f"AutoSparse.rules: {given!r} matches no parameter of the model; its weights are {names}")
     for candidate in candidates:
         axis = candidate.axis
-        if axis is None and used is not None:
+        if axis is None and used is not None and owner(candidate) is None:
             axis = used.get(id(candidate.parameter))
         if axis is None:
-            selection.skipped[candidate.name] = reason(candidate)
+            selection.skipped[candidate.name] = reason(candidate, looked_for=used is not None)
             continue
         pattern, rule = config.rule_for(candidate.names)
         if rule is None:
@@ -164,21 +164,35 @@ def refuse_wrappers(model: nn.Module) -> None:
             )
 
 
-def reason(candidate: Candidate) -> str:
-    """Why a parameter that no known layer multiplies by is left dense."""
+def owner(candidate: Candidate) -> str | None:
+    """What computes a weight from this parameter at every forward, and writes to one or the other: not to be masked."""
+    if any("parametrizations" in name.split(".") for name in candidate.names):
+        return "torch.nn.utils.parametrize"
+    for module, name in candidate.holders:
+        hooks = module._forward_pre_hooks.values()
+        hooked = [getattr(hook, "name", getattr(hook, "_tensor_name", None)) for hook in hooks]
+        for suffix, found in _OWNED.items():
+            base = name.removesuffix(suffix)
+            if suffix == "_orig" and f"{base}_u" in module._buffers:
+                found = "torch.nn.utils.spectral_norm"
+            if name.endswith(suffix) and (base in hooked or base in {slot.name for slot in layer_weights(module)}):
+                return found
+    return None
+
+
+def reason(candidate: Candidate, *, looked_for: bool = False) -> str:
+    """Why a parameter that no known layer multiplies by is left dense, also ``looked_for`` in the captured graphs."""
+    owned_by = owner(candidate)
+    if owned_by is not None:
+        return f"owned by {owned_by}"
     for module, name in candidate.holders:
         kind = type(module).__name__
-        if kind == "ParametrizationList":
-            return "owned by torch.nn.utils.parametrize"
-        for suffix, owner in _OWNED.items():
-            if suffix == "_orig" and f"{name.removesuffix(suffix)}_u" in module._buffers:
-                owner = "torch.nn.utils.spectral_norm"
-            if name.endswith(suffix) and name.removesuffix(suffix) in {s.name for s in layer_weights(module)}:
-                return f"owned by {owner}"
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             return "an embedding"
         if "Norm" in kind:
             return "a normalization"
         if "bias" in name:
             return "a bias"
+    if looked_for:
+        return "no known layer multiplies by it, nor does any product in the captured graphs"
     return "no known layer multiplies by it (pass example_inputs to look for its use)"

@@ -9,26 +9,18 @@ from torch.fx import Graph, GraphModule, Node
 
 from autosparse_fx._compat import HigherOrderOperator, enter_inference_mode, exit_inference_mode, set_grad_enabled
 
-# Through these a write reaches the tensor that they were taken of.
-_VIEWS = frozenset(
+# The operations that may give a view of a tensor, by their bare names: through these a write reaches the tensor that
+# they were taken of.
+VIEWS = frozenset(
     {
-        *("as_strided", "chunk", "detach", "diagonal", "expand", "flatten", "narrow", "permute", "ravel", "reshape"),
-        *("select", "split", "squeeze", "swapaxes", "t", "transpose", "unbind", "unflatten", "unsqueeze", "view"),
-        *("view_as", "getitem", "__getitem__", "numpy_T", "mT", "getattr", "_get_data_attr", "movedim", "moveaxis"),
-        *(
-            "unfold",
-            "tensor_split",
-            "hsplit",
-            "vsplit",
-            "dsplit",
-            "swapdims",
-            "expand_as",
-            "reshape_as",
-            "adjoint",
-            "H",
-        ),
-        *("broadcast_to", "alias", "view_as_real", "real", "imag"),
+        *("alias", "as_strided", "chunk", "detach", "diagonal", "flatten", "narrow", "permute", "ravel", "reshape"),
+        *("select", "split", "split_with_sizes", "squeeze", "swapaxes", "swapdims", "t", "transpose", "unbind"),
+        *("unflatten", "unfold", "unsqueeze", "view", "view_as", "reshape_as", "expand", "expand_as", "broadcast_to"),
+        *("tensor_split", "hsplit", "vsplit", "dsplit", "movedim", "moveaxis", "adjoint", "numpy_T", "mT", "mH", "H"),
+        *("matrix_H", "getitem", "slice", "getattr", "get_data_attr", "view_as_real", "view_as_complex"),
+        *("real", "imag"),
         *("contiguous", "to", "type", "float", "double", "half", "bfloat16"),  # where there is nothing to convert
+        *("type_as", "cpu", "cuda"),
     }
 )
 # a += b and its like, as functions (operator.iadd) and as methods (__iadd__).
@@ -65,7 +57,7 @@ def is_written_to(nodes: Iterable[Node]) -> bool:
         node = pending.pop()
         if any(_writes(user, node) for user in node.users):
             return True
-        views = {user for user in node.users if user not in found and function_name(user) in _VIEWS}
+        views = {user for user in node.users if user not in found and bare_name(user) in VIEWS}
         found |= views
         pending.extend(views)
     return False
@@ -120,3 +112,9 @@ def function_name(node: Node) -> str:
         return node.target if node.op == "call_method" else ""
     name = str(getattr(node.target, "__name__", node.target)).removeprefix("aten.")
     return name.partition(".")[0]  # without the overload
+
+
+def bare_name(node: Node) -> str:
+    """What the function, the method and the operator of aten for one operation have in common: the name of it without
+    the namespace (``linalg_``) and without the underscores that mark operators, writes in place and private names."""
+    return function_name(node).removeprefix("linalg_").strip("_")

@@ -16,7 +16,7 @@ from autosparse_fx.initial import new_mask
 from autosparse_fx.masked import MaskedModule
 from autosparse_fx.ownership import Place, is_finalized, places
 from autosparse_fx.plan import MaskedWeight, Plan, Slot
-from autosparse_fx.selection import check_tensor, collect, refuse_wrappers
+from autosparse_fx.selection import check_tensor, collect, owner, reason, refuse_wrappers
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class _Registry:
     masks: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     # Weights that no graph has masked although a layer of a known class multiplies by them: their full names.
     missed: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
-    dense: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)  # by a rule: the requests
+    dense: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)  # by rule or owner: the requests
     seen: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)  # looked at for this request
     alphas: Any = field(default_factory=WeakIdKeyDictionary)  # plan -> {device: alpha}
     plans: Any = field(default_factory=WeakIdKeyDictionary)  # root module -> [(request, plan)]
@@ -107,7 +107,7 @@ def missed_weight(parameter: Tensor) -> str | None:
 
 
 def register(weights: Mapping[nn.Parameter, int], around: list[nn.Parameter], request: Request) -> None:
-    """Give a mask to every weight that has none yet and that the rules do not leave dense.
+    """Give a mask to every weight that has none yet, that the rules do not leave dense, and that nothing else owns.
 
     Args:
         weights: weights that a graph multiplies by, and the axis of the output channels of each.
@@ -133,7 +133,9 @@ def register(weights: Mapping[nn.Parameter, int], around: list[nn.Parameter], re
     expected = _expected([found[id(p)].scope for p in (*weights, *around) if id(p) in found], found, request)
     axes = {**{p: expected[p][1] for p in around if p in expected}, **weights}
     new = [p for p in axes if _is_new(p) and _registry.dense.get(p) != request]
-    plans = {id(place.root): _plan(place.root, found, request) for place in found.values()}
+    roots = {id(place.root): place.root for place in found.values()}
+    plans = {key: _plan(root, found, request) for key, root in roots.items()}
+    owned = _owned(list(roots.values())) if new else {}
     made: list[tuple[nn.Parameter, int, MaskedWeight, Plan]] = []
     dense: list[tuple[nn.Parameter, Plan, str, str]] = []
     for parameter in new:
@@ -143,6 +145,9 @@ def register(weights: Mapping[nn.Parameter, int], around: list[nn.Parameter], re
         pattern, rule = request.config.rule_for(names)
         if rule is None:
             dense.append((parameter, plan, names[0], f"left dense by the rule {pattern!r}"))
+            continue
+        if id(parameter) in owned:
+            dense.append((parameter, plan, names[0], owned[id(parameter)]))
             continue
         check_tensor(parameter, names[0])
         if type(parameter) is not nn.Parameter:
@@ -233,6 +238,12 @@ def _plan(root: nn.Module, found: Mapping[int, Place], request: Request) -> Plan
 
 def _is_new(parameter: nn.Parameter) -> bool:
     return hidden_mask(parameter) is None and not is_finalized(parameter)
+
+
+def _owned(roots: list[nn.Module]) -> dict[int, str]:
+    """By id, the parameters that something else computes the weights of these models from, and what that is."""
+    candidates = [candidate for root in roots for candidate in collect(root)]
+    return {id(c.parameter): reason(c) for c in candidates if owner(c) is not None}
 
 
 def _expected(

@@ -19,6 +19,7 @@ from hidden.compare import (
     without_inductor,
 )
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from autosparse_fx import AutoSparse, report, sparsify, thresholds
 
@@ -174,13 +175,24 @@ USES: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Tensor], Tensor], int]]
     "property T": ((6, 8), lambda x, w: x @ w.T, 0),
     "transpose": ((6, 8), lambda x, w: torch.matmul(x, w.transpose(0, 1)), 0),
     "viewed": ((48,), lambda x, w: F.linear(x, w.view(6, 8)), 0),
-    "permuted": ((8, 2, 3), lambda x, w: F.linear(x, w.permute(1, 2, 0).reshape(6, 8)), 0),
+    "permuted": ((8, 2, 3), lambda x, w: F.linear(x, w.permute(1, 2, 0).reshape(6, 8)), 2),
     "sliced": ((12, 8), lambda x, w: F.linear(x, w[:6]) + F.linear(x, w[6:]), 0),
     "chunked": ((12, 8), lambda x, w: F.linear(x, w.chunk(2)[0]), 0),
     "cast": ((6, 8), lambda x, w: F.linear(x.double(), w.to(torch.float64)).float(), 0),
     "double": ((6, 8), lambda x, w: F.linear(x.double(), w.double()).float(), 0),
     "contiguous": ((8, 6), lambda x, w: F.linear(x, w.t().contiguous()), 1),
     "conv": ((8, 4, 1), lambda x, w: F.conv1d(x.unsqueeze(0), w), 0),
+    "movedim": ((6, 8), lambda x, w: x @ w.movedim(0, 1), 0),
+    "transposed experts": ((8, 4, 6), lambda x, w: torch.bmm(x.unsqueeze(1), w.transpose(0, 1)), 2),
+    "selected": ((3, 8, 6), lambda x, w: x @ w[1], 2),
+    "repeated": ((1, 8, 6), lambda x, w: torch.bmm(x.unsqueeze(1), w.repeat(4, 1, 1)), 2),
+    "concatenated": ((8, 3), lambda x, w: x @ torch.cat([w, -w], 1), 1),
+    "scaled": ((6, 8), lambda x, w: F.linear(x, w * 0.5), 0),
+    "standardized": ((6, 8), lambda x, w: F.linear(x, (w - w.mean(1, True)) / (w.std(1, keepdim=True) + 1e-5)), 0),
+    "padded": ((8, 4, 1), lambda x, w: F.conv1d(x.unsqueeze(0), F.pad(w, (1, 1)), padding=1), 0),
+    "aten": ((8, 6), lambda x, w: torch.ops.aten.mm(x, w), 1),
+    "memory": ((1, 5, 8), lambda x, w: F.scaled_dot_product_attention(x.unsqueeze(0), w, w), 1),
+    "vmap": ((3, 8, 6), lambda x, w: torch.vmap(lambda one: x @ one)(w), 2),
 }
 
 
@@ -226,6 +238,100 @@ def test_everything_else_stays_dense() -> None:
     reasons = {name: why for name, (_, why) in found.skipped.items()}
     assert reasons["embed.weight"] == "an embedding" and reasons["norm.weight"] == "a normalization"
     assert reasons["head.bias"] == "a bias" and {"token", "positions", "scale", "prelu.weight"} <= set(reasons)
+
+
+def test_terms_of_a_low_rank_update_equal_the_prepared_ones() -> None:
+    class LowRank(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(8, 6)
+            self.a, self.b = nn.Parameter(torch.randn(2, 8) / 3), nn.Parameter(torch.randn(6, 2) / 3)
+            self.gain = nn.Parameter(torch.ones(6, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.gain * (self.weight + self.b @ self.a), self.bias)
+
+    x = torch.randn(4, 8)
+    assert check(LowRank(), x, example_inputs=x) == {"weight", "a", "b"}
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # Dynamo, between graphs
+def test_experts_of_a_mixture_equal_the_prepared_ones() -> None:
+    transformers = pytest.importorskip("transformers", minversion="5")
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = transformers.MixtralConfig(vocab_size=50, num_hidden_layers=1, num_local_experts=4, **sizes)
+
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lm = transformers.MixtralForCausalLM(config)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.lm(input_ids=ids, use_cache=False).logits
+
+    ids = torch.randint(0, 50, (2, 8))
+    model = Logits()
+    check(model, ids, example_inputs=ids, config={"granularity": "channel"}, by_definition=False)
+    layer = "lm.model.layers.0"
+    attention = {f"{layer}.self_attn.{name}_proj.weight" for name in "qkvo"}
+    experts = {f"{layer}.mlp.experts.{name}": size for name, size in (("gate_up_proj", 64), ("down_proj", 32))}
+    assert set(thresholds(model)) == {*attention, *experts, f"{layer}.mlp.gate.weight", "lm.lm_head.weight"}
+    assert {name: len(thresholds(model)[name]) for name in experts} == experts
+
+
+# Weights that something else owns.
+
+
+class Doubled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.eye(8))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight @ self.mix
+
+
+OWNERS: dict[str, Callable[[nn.Module], object]] = {
+    "parametrizations.spectral_norm": parametrizations.spectral_norm,
+    "parametrizations.weight_norm": parametrizations.weight_norm,
+    "parametrize": lambda layer: parametrize.register_parametrization(layer, "weight", Doubled()),
+    "spectral_norm": nn.utils.spectral_norm,
+    "prune": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+}
+
+
+@pytest.mark.parametrize("prepared", [False, True], ids=["one line", "prepared"])
+@pytest.mark.parametrize("own", OWNERS)
+def test_weights_that_something_else_owns_stay_dense(own: str, prepared: bool) -> None:
+    """Also where a graph multiplies by them, as the power iteration of spectral_norm does."""
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(4, 8)
+    OWNERS[own](model[0])
+    if prepared:
+        sparsify(model, AutoSparse(threshold_init=INIT), example_inputs=x)
+    else:
+        one_line(model)(x).sum().backward()
+    assert set(thresholds(model)) == {"2.weight"}
+    owned = {name: why for name, (_, why) in report(model).skipped.items() if "bias" not in name}
+    assert owned and all(why.startswith("owned by torch.nn.utils.") for why in owned.values())
+
+
+@pytest.mark.parametrize("prepared", [False, True], ids=["one line", "prepared"])
+def test_report_lists_parameters_whose_use_was_looked_for_in_vain(prepared: bool) -> None:
+    x = torch.randn(4, 8)
+    model = Own((8, 8), lambda x, w: F.linear(x, w.softmax(1)))
+    model.head = nn.Linear(8, 4)
+    function = model.function
+    model.function = lambda x, w: model.head(function(x, w))
+    if prepared:
+        sparsify(model, AutoSparse(threshold_init=INIT), example_inputs=x)
+    else:
+        one_line(model)(x)
+    assert set(thresholds(model)) == {"head.weight"}
+    assert report(model).skipped["kernel"] == (
+        64,
+        "no known layer multiplies by it, nor does any product in the captured graphs",
+    )
 
 
 # Tied weights.

@@ -6,41 +6,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch import Tensor
+from uses import axis_of, found_in
 
 from autosparse_fx.passes.find_weights import find_weights
-
-
-def found_in(function: Callable[[Tensor, Tensor], Any], x: Tensor, w: Tensor) -> dict[str, int]:
-    """``{name: axis}`` of what is found in the Dynamo graphs of ``function(x, w)``, where ``w`` is a parameter."""
-
-    class Holder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w = nn.Parameter(w)
-
-        def forward(self, x: Tensor) -> Any:
-            return function(x, self.w)
-
-    found: dict[str, int] = {}
-
-    def backend(gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        def is_parameter(node: Node) -> bool:
-            return isinstance(node.meta.get("example_value"), nn.Parameter)
-
-        found.update({node.name: axis for node, axis in find_weights(gm, is_parameter).items()})
-        return gm.forward
-
-    torch.compile(Holder(), backend=backend, fullgraph=True)(x)
-    return found
-
-
-def axis_of(function: Callable[[Tensor, Tensor], Any], x: Tensor, w: Tensor) -> int | None:
-    found = found_in(function, x, w)
-    assert len(found) <= 1
-    return next(iter(found.values()), None)
-
 
 # x, w, op, axis of the output channels of w
 FOUND: dict[str, tuple[tuple[int, ...], tuple[int, ...], Callable[[Tensor, Tensor], Any], int]] = {
@@ -152,7 +121,7 @@ NOT_FOUND: dict[str, tuple[tuple[int, ...], tuple[int, ...], Callable[[Tensor, T
     "bias of addmm": ((3, 4), (4,), lambda x, w: torch.addmm(w, x, x.new_ones(4, 4))),
     "einsum of one operand": ((3, 4), (4, 4), lambda x, w: torch.einsum("ii->i", w) + x),
     "norm of it": ((3, 4), (4, 4), lambda x, w: x / w.norm()),
-    "a sum with it": ((3, 4), (4, 4), lambda x, w: x @ (w + 1)),
+    "a sum with it": ((4, 4), (4, 4), lambda x, w: x @ (w + x)),
     "unused": ((3, 4), (4, 4), lambda x, w: x @ x.t()),
 }
 
