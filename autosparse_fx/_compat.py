@@ -35,6 +35,13 @@ def functorch_is_active() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def saved_tensors_hooks() -> object:
+    """The innermost hooks that autograd saves tensors through, or None; activation checkpointing is such hooks. 2.11-2.15;
+    no public equivalent.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)  # type: ignore[no-any-return]
+
+
 def register_decomposition(op: Any, function: Callable[..., Any]) -> None:
     """Enter ``op`` in the global decomposition table, from which DTensor derives sharding. 2.11-2.15.
 

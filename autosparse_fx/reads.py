@@ -7,6 +7,7 @@ or the compiler's own elimination of common subexpressions, merges the nodes.
 import functools
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,8 +16,20 @@ from torch import Tensor, nn
 from autosparse_fx import _compat
 
 
+@dataclass(frozen=True, eq=False)
+class _Memo:
+    """What was masked in the forward that is running, and the hooks on saved tensors that it is running under.
+
+    Activation checkpointing is such hooks. The part of a forward that it runs again in the backward pass is masked on
+    its own, both times: it must save the same tensors in both.
+    """
+
+    hooks: object
+    masked: dict[tuple[int, bool], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
 class _Reads(threading.local):
-    memo: dict[tuple[int, bool], tuple[Tensor, Tensor]] | None = None
+    memo: _Memo | None = None
 
 
 _reads = _Reads()
@@ -27,13 +40,16 @@ def masking_once(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or _reads.memo is not None:
+        if torch.compiler.is_compiling():
             return forward(self, *args, **kwargs)
-        _reads.memo = {}
+        outer, hooks = _reads.memo, _compat.saved_tensors_hooks()
+        if outer is not None and outer.hooks == hooks:
+            return forward(self, *args, **kwargs)
+        _reads.memo = _Memo(hooks)
         try:
             return forward(self, *args, **kwargs)
         finally:
-            _reads.memo = None
+            _reads.memo = outer
 
     return wrapper
 
@@ -54,9 +70,9 @@ def masking_once_outside_graphs(forward: Callable[..., Any]) -> Callable[..., An
 def masked_once(weight: Tensor, mask: Callable[[], Tensor]) -> Tensor:
     """Return ``mask()``, or what it returned before in the same forward for the same weight and grad mode."""
     memo = _reads.memo
-    if memo is None:
+    if memo is None or memo.hooks != _compat.saved_tensors_hooks():
         return mask()
     key = (id(weight), torch.is_grad_enabled())
-    if key not in memo:
-        memo[key] = (weight, mask())  # holding the weight keeps its id from being used again
-    return memo[key][1]
+    if key not in memo.masked:
+        memo.masked[key] = (weight, mask())  # holding the weight keeps its id from being used again
+    return memo.masked[key][1]
