@@ -36,8 +36,8 @@ def functorch_is_active() -> bool:
 
 
 def saved_tensors_hooks() -> object:
-    """The innermost hooks that autograd saves tensors through, or None; activation checkpointing is such hooks. 2.11-2.15;
-    no public equivalent.
+    """The innermost hooks that autograd saves tensors through, which is how checkpointing works; None where there are
+    none. 2.11-2.15; no public equivalent.
     """
     return torch._C._autograd._top_saved_tensors_default_hooks(False)  # type: ignore[no-any-return]
 

@@ -14,13 +14,15 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from autosparse_fx.attach import masked_modules
 from autosparse_fx.decay import annealed_alpha
 from autosparse_fx.history import RECORDS, History
-from autosparse_fx.masked import ALPHA, alpha_of, logit, mask_state, reset_mask, stored_weight
+from autosparse_fx.masked import ALPHA, MaskedModule, alpha_of, logit, mask_state, reset_mask, stored_weight
 from autosparse_fx.plan import Plan
-from autosparse_fx.steering import SteeredWeight, scheduled_sparsity, steer
+from autosparse_fx.selection import is_dtensor
+from autosparse_fx.steering import SteeredWeight, explain_failure, scheduled_sparsity, steer, steered_groups
 
 __all__ = ["GradientAnnealing", "param_groups"]
 
 MAX_STEPS_BETWEEN_SHIFTS = 20
+MOMENTA = ("momentum_buffer", "exp_avg")  # what the optimizers of torch call it
 
 _annealers: "weakref.WeakKeyDictionary[Plan, weakref.ref[GradientAnnealing]]" = weakref.WeakKeyDictionary()
 
@@ -39,18 +41,29 @@ class GradientAnnealing:
             step that ``GradScaler`` skips does not count, nor do the batches of gradient accumulation. (A fused
             optimizer, ``fused=True``, that ``GradScaler`` lets skip on the device does count.) Without it, call
             :meth:`step` after every ``optimizer.step()``.
+        clear_momentum: after each step of ``optimizer``, set its momentum (``momentum_buffer``, ``exp_avg``) to zero
+            where weights are masked. Without it, momentum carries a masked weight on for a while after its gradient
+            has been scaled down by alpha, or to nothing; with it, a masked weight moves by the gradient of the step.
 
     Attributes:
         history: alpha, sparsity and cuts over the training; see :class:`~autosparse_fx.history.History`.
 
     Raises:
-        ValueError: if the model is not sparse, or ``total_steps`` is not positive.
+        ValueError: if the model is not sparse, ``total_steps`` is not positive, or momentum is to be cleared without
+            an optimizer or in sharded weights.
 
     Warns:
         UserWarning: if masked weights or thresholds are in none of the optimizer's groups.
     """
 
-    def __init__(self, model: nn.Module, total_steps: int, optimizer: Optimizer | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        total_steps: int,
+        optimizer: Optimizer | None = None,
+        *,
+        clear_momentum: bool = False,
+    ) -> None:
         modules = masked_modules(model)
         if not modules:
             raise ValueError(f"{type(model).__name__} is not sparse: call autosparse_fx.sparsify(model) first")
@@ -63,6 +76,12 @@ class GradientAnnealing:
                 "parts of the model were prepared with different configurations, and alpha is one for the whole model: "
                 "sparsify the whole model once, with rules for its parts"
             )
+        if clear_momentum and optimizer is None:
+            raise ValueError("clear_momentum needs the optimizer whose momentum it is to clear: pass optimizer=")
+        if clear_momentum and any(
+            is_dtensor(stored_weight(m, slot)) for _, m in modules for slot in m._autosparse_slots
+        ):
+            raise ValueError("clear_momentum does not work on sharded weights (FSDP2): leave it out")
         if optimizer is not None:
             _warn_of_missing_parameters(model, optimizer)
         self.total_steps = operator.index(total_steps)
@@ -76,6 +95,7 @@ class GradientAnnealing:
         self._warned_of_order = False
         self._checks: list[_DeferredCheck] = []
         self._handle: Any = None
+        self._clears_momentum = clear_momentum
         for _, module in modules:
             for slot in module._autosparse_slots:
                 if module._autosparse.weights[slot.name].provisional:
@@ -165,6 +185,8 @@ class GradientAnnealing:
     @torch.compiler.disable
     def _after_optimizer_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         self._advance()
+        if self._clears_momentum:
+            _clear_momentum(optimizer, self._modules)
 
     def _advance(self) -> None:
         if self._count >= self.total_steps:
@@ -217,7 +239,7 @@ class GradientAnnealing:
             check.raise_if_failed()
         self._checks = []
         final = self._count == self.total_steps
-        for (target, _), weights in self._groups().items():
+        for (target, _), weights in steered_groups(m for _, m in self._modules).items():
             sparsity = scheduled_sparsity(target, self._config.ramp_end, self._count / self.total_steps)
             finite = steer(
                 weights,
@@ -231,29 +253,36 @@ class GradientAnnealing:
             if final or not check.on_device:
                 check.raise_if_failed()
 
-    def _groups(self) -> dict[tuple[float, torch.device], list[SteeredWeight]]:
-        """The masked weights that share a target (and a device), each tensor once."""
-        groups: dict[tuple[float, torch.device], dict[int, SteeredWeight]] = {}
-        for _, module in self._modules:
-            for slot in module._autosparse_slots:
-                weight = module._autosparse.weights[slot.name]
-                if weight.config.target_sparsity is None:
-                    continue
-                _, offset = mask_state(module, slot)
-                group = groups.setdefault((weight.config.target_sparsity, offset.device), {})
-                steered = group.setdefault(
-                    id(stored_weight(module, slot)), SteeredWeight(weight.name, module, slot, [])
-                )
-                if not any(offset is other for other in steered.offsets):
-                    steered.offsets.append(offset)
-        return {key: list(group.values()) for key, group in groups.items()}
-
     def _weight_versions(self) -> tuple[int, int]:
         """What changes when a weight is written to; fused optimizers do so without counting it as a write."""
         writes = sum(
             stored_weight(module, slot)._version for _, module in self._modules for slot in module._autosparse_slots
         )
         return writes, _optimizer_steps.count
+
+
+def _check_momentum_can_be_cleared(modules: list[tuple[str, MaskedModule]], optimizer: Optimizer | None) -> None:
+    if optimizer is None:
+        raise ValueError("clear_momentum needs the optimizer whose momentum it is to clear: pass optimizer=")
+    for prefix, module in modules:
+        for slot in module._autosparse_slots:
+            if is_dtensor(stored_weight(module, slot)):
+                raise ValueError(
+                    f"clear_momentum does not work on sharded weights ('{prefix}.{slot.name}'): leave it out"
+                )
+
+
+@torch.no_grad()
+def _clear_momentum(optimizer: Optimizer, modules: list[tuple[str, MaskedModule]]) -> None:
+    weights = {id(stored_weight(m, slot)): (m, slot) for _, m in modules for slot in m._autosparse_slots}
+    for module, slot in weights.values():
+        weight, s = stored_weight(module, slot), logit(module, slot)
+        state = optimizer.state.get(weight, {})
+        momenta = [state[name] for name in MOMENTA if isinstance(state.get(name), Tensor)]
+        if momenta:
+            masked = weight.to(torch.promote_types(weight.dtype, s.dtype)).abs() <= torch.sigmoid(s)
+            for momentum in momenta:
+                momentum.masked_fill_(masked, 0)
 
 
 class _OptimizerSteps:
@@ -296,20 +325,7 @@ class _DeferredCheck:
             self._ready.synchronize()  # a whole interval old: long done
         if bool(self._finite):
             return
-        for weight in self._weights:
-            values = stored_weight(weight.module, weight.slot).detach()
-            if not bool(torch.isfinite(values).all()):
-                raise RuntimeError(
-                    f"weight '{weight.name}' {list(values.shape)} holds NaN or infinite values, so its sparsity "
-                    "cannot be steered: the training has diverged (lower the learning rate, clip gradients, or use "
-                    "GradScaler with fp16), and the last checkpoint before it is the one to resume from"
-                )
-        raise RuntimeError(
-            f"target_sparsity={self._target} cannot be reached over {len(self._weights)} weights "
-            f"('{self._weights[0].name}', ...): too many are above 1, where no cut sigmoid(s) reaches, or in layers at "
-            "max_layer_sparsity; scale the weights down, use weight decay, leave layers dense with rules={...: None}, "
-            "or lower the target"
-        )
+        raise RuntimeError(explain_failure(self._weights, self._target))
 
 
 def param_groups(

@@ -129,14 +129,15 @@ def check_tensor(p: Tensor, name: str) -> None:
             f"weight '{name}' {list(p.shape)} is {p.dtype}, and only real floating-point weights can be "
             f"masked: sparsify before quantizing, or leave it dense with rules={{{name!r}: None}}"
         )
-    if type(p) is not nn.Parameter and not _is_dtensor(p):
+    if type(p) is not nn.Parameter and not is_dtensor(p):
         raise TypeError(
             f"weight '{name}' {list(p.shape)} is a {type(p).__name__}: sparsify before converting it, or "
             f"leave it dense with rules={{{name!r}: None}}"
         )
 
 
-def _is_dtensor(p: Tensor) -> bool:
+def is_dtensor(p: Tensor) -> bool:
+    """Whether a parameter is sharded, by FSDP2 or tensor parallelism."""
     return torch.distributed.is_available() and type(p).__name__ == "DTensor"
 
 
