@@ -39,7 +39,7 @@ def saved_tensors_hooks() -> object:
     """The innermost hooks that autograd saves tensors through, which is how checkpointing works; None where there are
     none. 2.11-2.15; no public equivalent.
     """
-    return torch._C._autograd._top_saved_tensors_default_hooks(False)  # type: ignore[no-any-return]
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
 def register_decomposition(op: Any, function: Callable[..., Any]) -> None:

@@ -132,6 +132,7 @@ def register(weights: Mapping[nn.Parameter, int], around: list[nn.Parameter], re
     found = places([*weights, *around])
     expected = _expected([found[id(p)].scope for p in (*weights, *around) if id(p) in found], found, request)
     axes = {**{p: expected[p][1] for p in around if p in expected}, **weights}
+    axes.update({p: expected[p][1] for p in weights if p in expected})  # of its layer, however the graph uses it
     new = [p for p in axes if _is_new(p) and _registry.dense.get(p) != request]
     plans = {id(place.root): _plan(place.root, found, request) for place in found.values()}
     made: list[tuple[nn.Parameter, int, MaskedWeight, Plan]] = []

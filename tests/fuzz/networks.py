@@ -68,11 +68,14 @@ STATEMENTS = [
     "{v} = torch.cat([F.linear({a}, part) for part in self.{L}.weight.chunk(2)], 1)",
     "{v} = torch.bmm({a}.view(3, 2, 4).transpose(0, 1), self.{L}.weight.view(2, 4, 8)).sum(0)",
     "{v} = F.conv2d({a}.view(3, 2, 2, 2), self.{C}.weight, padding=1).reshape(3, 8)",
+    "{v} = {a} @ self.{L}.weight",
     "{v} = {a} @ self.{P}",
     "{v} = torch.matmul(self.{P}.T, {a}.T).T",
     # a weight that is used for something else as well
     "{v} = self.{L}({a}) * self.{L}.weight.mean()",
     "{v} = self.{L}({a}) + self.{L}.weight[0]",
+    "{v} = {a} * self.{L}.weight.std(1)",
+    "{v} = F.linear({a}, self.{L}.weight * 0.5)",
     # weights used more than once
     "{v} = self.{L}(torch.relu(self.{L}({a})))",
     "{v} = {a}\nfor _ in range(3):\n    {v} = torch.tanh(self.{L}({v}))",

@@ -32,7 +32,7 @@ def test_networks(eager_kernels: None, network: Network) -> None:
 
 
 @pytest.mark.long
-@hypothesis.settings(settings, max_examples=400)
+@hypothesis.settings(settings, max_examples=3000)
 @hypothesis.given(network=networks(statements=12))
 def test_many_networks(eager_kernels: None, network: Network) -> None:
     check(network)
