@@ -7,6 +7,8 @@ as such.
 import dataclasses
 import itertools
 import linecache
+import sys
+import types
 from typing import Any
 
 import torch
@@ -138,10 +140,11 @@ class Network:
         text = PRELUDE + self.source()
         name = f"<network {next(_numbers)}>"
         linecache.cache[name] = (len(text), None, text.splitlines(True), name)  # for tracebacks
-        scope: dict[str, Any] = {"__name__": "network"}
-        exec(compile(text, name, "exec"), scope)
+        module: Any = types.ModuleType("random_network")
+        sys.modules[module.__name__] = module  # Dynamo imports it
+        exec(compile(text, name, "exec"), module.__dict__)
         torch.manual_seed(self.seed)
-        net: nn.Module = scope["Net"]().double()
+        net: nn.Module = module.Net().double()
         return net
 
     def inputs(self) -> list[torch.Tensor]:

@@ -25,7 +25,7 @@ def eager_kernels() -> Iterator[None]:
         yield
 
 
-@hypothesis.settings(settings, max_examples=20, derandomize=True)
+@hypothesis.settings(settings, max_examples=12, derandomize=True)
 @hypothesis.given(network=networks())
 def test_networks(eager_kernels: None, network: Network) -> None:
     check(network)
