@@ -12,12 +12,17 @@ from torch.optim import Optimizer
 from autosparse_fx.attach import masked_modules
 from autosparse_fx.consistency import refuse_broken_ties
 from autosparse_fx.decay import annealed_alpha
-from autosparse_fx.dtensors import full_tensor
 from autosparse_fx.history import RECORDS, History
-from autosparse_fx.masked import ALPHA, alpha_of, full_logit, mask_state, reset_mask, stored_weight
-from autosparse_fx.optimizers import optimizer_steps, warn_of_late_weights, warn_of_untrained_parameters
+from autosparse_fx.masked import ALPHA, alpha_of, full_logit, reset_mask, stored_weight
+from autosparse_fx.optimizers import (
+    check_momentum_can_be_cleared,
+    clear_momentum_of_masked,
+    optimizer_steps,
+    warn_of_late_weights,
+    warn_of_untrained_parameters,
+)
 from autosparse_fx.plan import Plan
-from autosparse_fx.steering import SteeredWeight, scheduled_sparsity, steer
+from autosparse_fx.steering import SteeredWeight, explain_failure, scheduled_sparsity, steer, steered_groups
 
 __all__ = ["GradientAnnealing"]
 
@@ -40,13 +45,16 @@ class GradientAnnealing:
             step that ``GradScaler`` skips does not count, nor do the batches of gradient accumulation. (A fused
             optimizer, ``fused=True``, that ``GradScaler`` lets skip on the device does count.) Without it, call
             :meth:`step` after every ``optimizer.step()``.
+        clear_momentum: after each step of ``optimizer``, set its momentum (``momentum_buffer``, ``exp_avg``) to zero
+            where weights are masked. Without it, momentum carries a masked weight on for a while after its gradient
+            has been scaled down by alpha, or to nothing; with it, a masked weight moves by the gradient of the step.
 
     Attributes:
         history: alpha, sparsity and cuts over the training; see :class:`~autosparse_fx.history.History`.
 
     Raises:
-        ValueError: if the model is not sparse, ``total_steps`` is not positive, or weights were tied or untied outside
-            of ``dense_weights``.
+        ValueError: if the model is not sparse, ``total_steps`` is not positive, weights were tied or untied outside of
+            ``dense_weights``, or momentum is to be cleared without an optimizer or in sharded weights.
         TypeError: if ``optimizer`` is not an optimizer.
 
     Warns:
@@ -54,7 +62,14 @@ class GradientAnnealing:
             weights or thresholds are in none of the optimizers that have stepped by then.
     """
 
-    def __init__(self, model: nn.Module, total_steps: int, optimizer: Optimizer | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        total_steps: int,
+        optimizer: Optimizer | None = None,
+        *,
+        clear_momentum: bool = False,
+    ) -> None:
         modules = masked_modules(model)
         if not modules:
             raise ValueError(f"{type(model).__name__} is not sparse: call autosparse_fx.sparsify(model) first")
@@ -69,6 +84,8 @@ class GradientAnnealing:
             )
         if optimizer is not None and not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if clear_momentum:
+            check_momentum_can_be_cleared(modules, optimizer)
         refuse_broken_ties(model)
         warn_of_late_weights(model)
         self.total_steps = operator.index(total_steps)
@@ -82,6 +99,7 @@ class GradientAnnealing:
         self._warned_of_order = False
         self._checks: list[_DeferredCheck] = []
         self._handle: Any = None
+        self._clears_momentum = clear_momentum
         for _, module in modules:
             for slot in module._autosparse_slots:
                 if module._autosparse.weights[slot.name].provisional:
@@ -180,6 +198,8 @@ class GradientAnnealing:
     @torch.compiler.disable
     def _after_optimizer_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         self._advance()
+        if self._clears_momentum:
+            clear_momentum_of_masked(optimizer, self._modules)
 
     def _advance(self) -> None:
         if self._count >= self.total_steps:
@@ -236,7 +256,7 @@ class GradientAnnealing:
             check.raise_if_failed()
         self._checks = []
         final = self._count == self.total_steps
-        for (target, _), weights in self._groups().items():
+        for (target, _), weights in steered_groups(m for _, m in self._modules).items():
             sparsity = scheduled_sparsity(target, self._config.ramp_end, self._count / self.total_steps)
             finite = steer(
                 weights,
@@ -249,23 +269,6 @@ class GradientAnnealing:
         for check in self._checks:
             if final or not check.on_device:
                 check.raise_if_failed()
-
-    def _groups(self) -> dict[tuple[float, torch.device], list[SteeredWeight]]:
-        """The masked weights that share a target (and a device), each tensor once."""
-        groups: dict[tuple[float, torch.device], dict[int, SteeredWeight]] = {}
-        for _, module in self._modules:
-            for slot in module._autosparse_slots:
-                weight = module._autosparse.weights[slot.name]
-                if weight.config.target_sparsity is None:
-                    continue
-                _, offset = mask_state(module, slot)
-                group = groups.setdefault((weight.config.target_sparsity, offset.device), {})
-                steered = group.setdefault(
-                    id(stored_weight(module, slot)), SteeredWeight(weight.name, module, slot, [])
-                )
-                if not any(offset is other for other in steered.offsets):
-                    steered.offsets.append(offset)
-        return {key: list(group.values()) for key, group in groups.items()}
 
     def _weight_versions(self) -> tuple[int, int]:
         """What changes when a weight is written to; fused optimizers do so without counting it as a write."""
@@ -294,22 +297,4 @@ class _DeferredCheck:
             self._ready.synchronize()  # a whole interval old: long done
         if bool(self._finite):
             return
-        for weight in self._weights:
-            values = full_tensor(stored_weight(weight.module, weight.slot).detach())
-            if not bool(torch.isfinite(values).all()):
-                raise RuntimeError(
-                    f"weight '{weight.name}' {list(values.shape)} holds NaN or infinite values, so its sparsity "
-                    "cannot be steered: the training has diverged (lower the learning rate, clip gradients, or use "
-                    "GradScaler with fp16), and the last checkpoint before it is the one to resume from"
-                )
-            if not bool(torch.isfinite(full_logit(weight.module, weight.slot)).all()):
-                raise RuntimeError(
-                    f"the threshold of weight '{weight.name}' is NaN or infinite, so its sparsity cannot be steered: "
-                    "the training has diverged, or the checkpoint that was loaded is damaged"
-                )
-        raise RuntimeError(
-            f"target_sparsity={self._target} cannot be reached over {len(self._weights)} weights "
-            f"('{self._weights[0].name}', ...): too many are above 1, where no cut sigmoid(s) reaches, or in layers at "
-            "max_layer_sparsity; scale the weights down, use weight decay, leave layers dense with rules={...: None}, "
-            "or lower the target"
-        )
+        raise RuntimeError(explain_failure(self._weights, self._target))

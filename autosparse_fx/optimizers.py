@@ -6,16 +6,19 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from autosparse_fx.attach import masked_modules
 from autosparse_fx.consistency import late_weights
-from autosparse_fx.masked import mask_state
+from autosparse_fx.dtensors import is_dtensor
+from autosparse_fx.masked import MaskedModule, logit, mask_state, stored_weight
 from autosparse_fx.report import plans_of
 
 __all__ = ["param_groups"]
+
+MOMENTA = ("momentum_buffer", "exp_avg")  # what the optimizers of torch call it
 
 
 class OptimizerSteps:
@@ -116,3 +119,27 @@ def _all(model: nn.Module, names: list[str]) -> bool:
 def _some(names: Iterable[str]) -> str:
     names = list(names)
     return ", ".join(names[:3]) + (f", ... ({len(names)} in all)" if len(names) > 3 else "")
+
+
+def check_momentum_can_be_cleared(modules: list[tuple[str, MaskedModule]], optimizer: Optimizer | None) -> None:
+    if optimizer is None:
+        raise ValueError("clear_momentum needs the optimizer whose momentum it is to clear: pass optimizer=")
+    for prefix, module in modules:
+        for slot in module._autosparse_slots:
+            if is_dtensor(stored_weight(module, slot)):
+                raise ValueError(
+                    f"clear_momentum does not work on sharded weights ('{prefix}.{slot.name}'): leave it out"
+                )
+
+
+@torch.no_grad()
+def clear_momentum_of_masked(optimizer: Optimizer, modules: list[tuple[str, MaskedModule]]) -> None:
+    weights = {id(stored_weight(m, slot)): (m, slot) for _, m in modules for slot in m._autosparse_slots}
+    for module, slot in weights.values():
+        weight, s = stored_weight(module, slot), logit(module, slot)
+        state = optimizer.state.get(weight, {})
+        momenta = [state[name] for name in MOMENTA if isinstance(state.get(name), Tensor)]
+        if momenta:
+            masked = weight.to(torch.promote_types(weight.dtype, s.dtype)).abs() <= torch.sigmoid(s)
+            for momentum in momenta:
+                momentum.masked_fill_(masked, 0)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from autosparse_fx.attach import attach, detach, masked_modules, remask
 from autosparse_fx.config import AutoSparse
-from autosparse_fx.consistency import is_masked
+from autosparse_fx.consistency import is_masked, refuse_broken_ties
 from autosparse_fx.dtensors import placed_like
 from autosparse_fx.hidden.masks import all_masked_modules, hidden_mask, hidden_masks, release
 from autosparse_fx.initial import new_mask, threshold_shape
@@ -21,7 +21,7 @@ from autosparse_fx.ownership import remember_finalized
 from autosparse_fx.plan import MaskedWeight, Plan, Slot
 from autosparse_fx.report import group_sparsities
 from autosparse_fx.selection import Candidate, collect, refuse_lazy_parameters, refuse_wrappers, select
-from autosparse_fx.steering import TOLERANCE
+from autosparse_fx.steering import TOLERANCE, explain_failure, steer, steered_groups
 
 __all__ = ["dense_weights", "finalize", "sparsify"]
 
@@ -124,20 +124,27 @@ def sparsify(
     return model
 
 
-def finalize(model: ModuleT) -> ModuleT:
+def finalize(model: ModuleT, *, reach_target: bool = False) -> ModuleT:
     """Turn a sparse model back into a plain one, in place, with real zeros in its weights, and return it.
 
     The modules get their original classes, the state_dict the dense model's exact keys; thresholds, offsets and alpha
     are gone. The parameters stay the same objects, and the output of the model stays the same to the last bit. Nothing
     enforces the zeros from then on.
 
+    Args:
+        model: what was trained.
+        reach_target: shift all thresholds once more before that, to the target sparsity exactly, as the last step of an
+            annealer does. For what no annealer has steered to where it is: an average of weights
+            (``torch.optim.swa_utils.AveragedModel``), or a training that ends early. The output then changes.
+
     Warns:
         UserWarning: if a target sparsity was missed by more than half a point, or no annealer ever stepped.
 
     Raises:
         ValueError: if nothing in ``model`` is sparse, weights are on the meta device, or were tied outside of
-            ``dense_weights``.
-        RuntimeError: if a masked module was wrapped by FSDP2 or parametrized meanwhile; the model is then unchanged.
+            ``dense_weights``, or it is to reach a target and has none.
+        RuntimeError: if a masked module was wrapped by FSDP2 or parametrized meanwhile, or if the target is out of
+            reach; the model is then unchanged.
     """
     modules = all_masked_modules(model)
     if not modules:
@@ -156,6 +163,9 @@ def finalize(model: ModuleT) -> ModuleT:
                     f"'{name}' has lost its weight '{slot.name}', which is masked: remove weights inside "
                     "`with autosparse_fx.dense_weights(model):`"
                 )
+    refuse_broken_ties(model)
+    if reach_target:
+        _steer_to_targets(modules)
     _warn_of_missed_targets(model, modules)
     done: set[int] = set()
     with torch.no_grad():
@@ -273,6 +283,15 @@ def _refuse_unmasked_parts(model: nn.Module, config: AutoSparse) -> None:
             )
 
 
+def _steer_to_targets(modules: list[tuple[str, Any]]) -> None:
+    groups = steered_groups(module for _, module in modules)
+    if not groups:
+        raise ValueError("finalize: reach_target needs a target, and the model was prepared with target_sparsity=None")
+    for (target, _), weights in groups.items():
+        if not steer(weights, target, weights[0].module._autosparse.plan.config.max_layer_sparsity, exact=True):
+            raise RuntimeError(f"finalize: {explain_failure(weights, target)}")
+
+
 def _warn_of_missed_targets(model: nn.Module, modules: list[tuple[str, Any]]) -> None:
     plans = {id(m._autosparse.plan): m._autosparse.plan for _, m in modules}
     for target, (reached, names) in group_sparsities(model).items():
@@ -282,7 +301,7 @@ def _warn_of_missed_targets(model: nn.Module, modules: list[tuple[str, Any]]) ->
         cure = (
             "no GradientAnnealing ever stepped this model: make one before the training"
             if never
-            else "train to the end of total_steps, or lower the target"
+            else "train to the end of total_steps, lower the target, or finalize with reach_target=True"
         )
         warnings.warn(
             f"finalize: sparsity {reached:.4f} instead of the target {target:.4f} over {len(names)} weights "

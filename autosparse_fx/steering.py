@@ -19,6 +19,7 @@ last one finds nothing to correct that the network could not adapt to any more.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autosparse_fx.dtensors import full_tensor, placed_like
-from autosparse_fx.masked import MaskedModule, full_logit, stored_weight
+from autosparse_fx.masked import MaskedModule, full_logit, mask_state, stored_weight
 from autosparse_fx.plan import Slot
 
 MAX_CUT = 0.95
@@ -44,6 +45,22 @@ class SteeredWeight:
     module: MaskedModule
     slot: Slot
     offsets: list[Tensor]
+
+
+def steered_groups(modules: Iterable[MaskedModule]) -> dict[tuple[float, torch.device], list[SteeredWeight]]:
+    """The masked weights that share a target (and a device), each tensor once."""
+    groups: dict[tuple[float, torch.device], dict[int, SteeredWeight]] = {}
+    for module in modules:
+        for slot in module._autosparse_slots:
+            weight = module._autosparse.weights[slot.name]
+            if weight.config.target_sparsity is None:
+                continue
+            _, offset = mask_state(module, slot)
+            group = groups.setdefault((weight.config.target_sparsity, offset.device), {})
+            steered = group.setdefault(id(stored_weight(module, slot)), SteeredWeight(weight.name, module, slot, []))
+            if not any(offset is other for other in steered.offsets):
+                steered.offsets.append(offset)
+    return {key: list(group.values()) for key, group in groups.items()}
 
 
 def scheduled_sparsity(target: float, ramp_end: float, progress: float) -> float:
@@ -118,6 +135,28 @@ def steer(
         for offset in weight.offsets:
             offset.add_(placed_like(change, offset))
     return finite
+
+
+def explain_failure(weights: list[SteeredWeight], target: float) -> str:
+    """What to say where the shift of ``weights`` was not finite."""
+    for weight in weights:
+        values = full_tensor(stored_weight(weight.module, weight.slot).detach())
+        if not bool(torch.isfinite(values).all()):
+            return (
+                f"weight '{weight.name}' {list(values.shape)} holds NaN or infinite values, so its sparsity cannot be "
+                "steered: the training has diverged (lower the learning rate, clip gradients, or use GradScaler with "
+                "fp16), and the last checkpoint before it is the one to resume from"
+            )
+        if not bool(torch.isfinite(full_logit(weight.module, weight.slot)).all()):
+            return (
+                f"the threshold of weight '{weight.name}' is NaN or infinite, so its sparsity cannot be steered: the "
+                "training has diverged, or the checkpoint that was loaded is damaged"
+            )
+    return (
+        f"target_sparsity={target} cannot be reached over {len(weights)} weights ('{weights[0].name}', ...): too many "
+        "are above 1, where no cut sigmoid(s) reaches, or in layers at max_layer_sparsity; scale the weights down, use "
+        "weight decay, leave layers dense with rules={...: None}, or lower the target"
+    )
 
 
 def _common_shift(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
+from torch.utils.checkpoint import checkpoint
 
 from autosparse_fx import AutoSparse, report, sparsify
 
@@ -328,3 +329,33 @@ def test_subclasses_of_a_layer_are_masked_and_keep_their_own_forward() -> None:
     _, _, weight, s = next(reference.masked_parameters(layer))
     torch.testing.assert_close(layer(x), 2 * (x @ reference.masked(weight, s, 0.0).T + layer.bias))
     assert isinstance(layer, Scaled)
+
+
+class Checkpointed(nn.Module):
+    """Reads a weight before a part that runs again in the backward pass, and twice inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Parameter(torch.randn(4, 4))  # its mask makes the forward below one that masks once
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x @ self.own)
+        return checkpoint(lambda x: torch.tanh(self.layer(x)) * self.layer.weight[1], x, use_reentrant=False)
+
+
+def test_a_checkpointed_part_masks_on_its_own() -> None:
+    x = torch.randn(3, 4)
+    model = sparsify(Checkpointed(), AutoSparse(threshold_init=-1.0), example_inputs=x)
+    with torch.no_grad():
+        expected = model(x)
+    out = model(x)
+    assert torch.equal(out, expected)
+    out.sum().backward()
+    found = {name: p.grad for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = None
+    hidden = model.layer(x @ model.own)
+    (torch.tanh(model.layer(hidden)) * model.layer.weight[1]).sum().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, msg=lambda text, name=name: f"{name}: {text}")

@@ -22,7 +22,8 @@ def mark_weights(gm: GraphModule, request: Request | None) -> None:
 
     With a request those are all trainable weights that the graph multiplies by; also the ones that stay dense, by a
     rule or because they were finalized, since Dynamo may run one graph for several instances of a class. Without a
-    request they are the weights that other graphs mask.
+    request they are the weights that other graphs mask. A weight that is masked there reads as masked in all graphs of
+    its model, whatever they use it for, as it does when the model is prepared.
 
     Raises:
         RuntimeError: if the graph writes to a weight that is to be masked.
@@ -40,7 +41,8 @@ def mark_weights(gm: GraphModule, request: Request | None) -> None:
         masks.register(weights, list(parameters.values()), request)
     for node, parameter in parameters.items():
         mask = masks.hidden_mask(parameter)
-        if mask is not None and (node in found or _is_looked_up_in(node)):
+        needed = node in found or _is_looked_up_in(node)
+        if mask is not None and (needed or (request is not None and not is_written_to([node]))):
             if is_written_to([node]):
                 raise RuntimeError(
                     f"the model writes to its weight '{mask.weight.name}' inside forward, which a masked copy would "

@@ -132,6 +132,7 @@ def register(weights: Mapping[nn.Parameter, int], around: list[nn.Parameter], re
     found = places([*weights, *around])
     expected = _expected([found[id(p)].scope for p in (*weights, *around) if id(p) in found], found, request)
     axes = {**{p: expected[p][1] for p in around if p in expected}, **weights}
+    axes.update({p: expected[p][1] for p in weights if p in expected})  # of its layer, however the graph uses it
     new = [p for p in axes if _is_new(p) and _registry.dense.get(p) != request]
     roots = {id(place.root): place.root for place in found.values()}
     plans = {key: _plan(root, found, request) for key, root in roots.items()}

@@ -205,6 +205,27 @@ def test_functional_weight_equals_the_prepared_one(use: str) -> None:
     assert masked == {"kernel"}
 
 
+def test_weight_of_a_layer_keeps_the_channels_of_its_layer() -> None:
+    class Transposed(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight
+
+    assert check(Transposed(8, 5), torch.randn(4, 5), config={"granularity": "channel"}) == {"weight"}
+
+
+# All of torch itself: where a compiled graph begins with a computed tensor.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("first", [True, False])
+def test_weight_reads_masked_in_a_graph_that_does_not_multiply_by_it(first: bool) -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x * self.weight.std(1) if first else super().forward(x)
+            torch._dynamo.graph_break()
+            return super().forward(x) if first else F.linear(x, self.weight * 0.5)
+
+    assert check(Scaled(8, 8), torch.randn(4, 8)) == {"weight"}
+
+
 class Mixed(nn.Module):
     """What is not multiplied by stays dense: norms, biases, embeddings, tokens, tables, scales."""
 
