@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -197,6 +198,36 @@ def compile_with_inductor(
         warnings.filterwarnings("ignore", "Raw SymInt value", UserWarning)
         compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
     return compiled  # type: ignore[no-any-return]
+
+
+def compiled_by(function: FunctionType, backend: str) -> tuple[Callable[..., Any], dict[str, Any]] | None:
+    """What ``function`` compiles, with the mode and the options, where it is what ``torch.compile`` with this backend
+    returned (or holds, for a module). 2.11-2.15; Dynamo tells a backend of graphs, and not of what was compiled.
+    """
+    compiled = getattr(function, "_torchdynamo_orig_callable", None)
+    if compiled is None:
+        return None
+    for cell in function.__closure__ or ():
+        try:
+            callback = cell.cell_contents
+        except ValueError:  # a variable that has no value
+            continue
+        if hasattr(callback, "_torchdynamo_orig_backend"):
+            wrapper = torch._dynamo.eval_frame.innermost_backend(callback)
+            arguments = backend_arguments(wrapper, backend)
+            if arguments is not None:
+                return compiled, arguments
+    return None
+
+
+def backend_arguments(wrapper: object, backend: str) -> dict[str, Any] | None:
+    """The mode and the options that one ``torch.compile`` passes to its backend, where it is this one. 2.11-2.15."""
+    return getattr(wrapper, "kwargs", {}) if getattr(wrapper, "compiler_name", None) == backend else None
+
+
+def compiling_backends() -> dict[int, Any]:
+    """The backends that ``torch.compile`` was given since Dynamo was last reset, one for each call. 2.11-2.15."""
+    return torch._dynamo.eval_frame.cached_backends
 
 
 def skip_frame(function: Callable[..., Any]) -> None:

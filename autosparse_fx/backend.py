@@ -64,8 +64,6 @@ def autosparse(
         call = MaskedCall(graph, parsed.request)
         inputs = [*example_inputs, *call.example_state(example_inputs)]
         compiled = _compat.compile_with_inductor(graph, inputs, parsed.inductor, recompute_masks=parsed.recompute_masks)
-    if parsed.request is not None:
-        hook_optimizers()
     return call.bind(compiled)
 
 
@@ -97,3 +95,5 @@ def _all_nodes(gm: GraphModule) -> list[torch.fx.Node]:
 
 # Not a decorator: with an entry point of the same name it would register the name twice on first use.
 _compat.register_backend_once("autosparse", autosparse)
+# Here, and not where a graph is compiled with options: Dynamo may capture no graph of a model at all.
+hook_optimizers()

@@ -69,7 +69,7 @@ class _Ancestry:
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         wanted = {id(p) for p in parameters}
         # By type and not by isinstance, which would wake lazily loaded proxies.
-        modules = [o for o in _live_objects() if issubclass(type(o), nn.Module) and "_modules" in vars(o)]
+        modules = [o for o in live_objects() if issubclass(type(o), nn.Module) and "_modules" in vars(o)]
         self._parents: dict[int, list[nn.Module]] = {}
         pending: list[nn.Module] = []
         for module in modules:
@@ -101,7 +101,7 @@ class _Ancestry:
         return module._compiled_call_impl is not None or any("_orig_mod" in parent._modules for parent in parents)
 
 
-def _live_objects() -> list[Any]:
+def live_objects() -> list[Any]:
     """What the garbage collector tracks, and what ``gc.freeze()`` has hidden from it."""
     if gc.get_freeze_count() == 0:
         return gc.get_objects()

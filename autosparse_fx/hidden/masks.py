@@ -95,11 +95,6 @@ def touch() -> None:
     _registry.version += 1
 
 
-def any_masks() -> bool:
-    """Whether there is any hidden mask, or any weight that should have one."""
-    return len(_registry.masks) > 0 or len(_registry.missed) > 0
-
-
 def missed_weight(parameter: Tensor) -> str | None:
     """The name of a weight that should be masked by now and is not."""
     found: tuple[str, Request] | None = _registry.missed.get(parameter)
@@ -244,9 +239,27 @@ def _expected(
     for scope in {id(scope): scope for scope in scopes}.values():
         for candidate in collect(scope):
             parameter, names = candidate.parameter, found[id(candidate.parameter)].names
-            if candidate.axis is not None and _is_new(parameter) and request.config.rule_for(names)[1] is not None:
+            prepared = any(isinstance(holder, MaskedModule) for holder, _ in candidate.holders)
+            if prepared or candidate.axis is None:
+                continue
+            if _is_new(parameter) and request.config.rule_for(names)[1] is not None:
                 expected[parameter] = (names[0], candidate.axis)
     return expected
+
+
+def unmasked(scope: nn.Module, request: Request) -> dict[nn.Parameter, str]:
+    """The weights of ``scope`` that layers of known classes multiply by, and that are to be masked and are not.
+
+    Raises:
+        ValueError: if a rule matches nothing in the model, or the model is one that cannot be made sparse.
+    """
+    layers = [candidate.parameter for candidate in collect(scope) if candidate.axis is not None]
+    if all(hidden_mask(parameter) is not None for parameter in layers):
+        return {}
+    found = places(layers)
+    for root in {id(place.root): place.root for place in found.values()}.values():
+        _plan(root, found, request)
+    return {parameter: name for parameter, (name, _) in _expected([scope], found, request).items()}
 
 
 def state(parameter: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:

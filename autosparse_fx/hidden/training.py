@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.hooks import RemovableHandle
 
 from autosparse_fx.annealing import GradientAnnealing
-from autosparse_fx.hidden import masks
+from autosparse_fx.hidden import asked, masks
 from autosparse_fx.hidden.masks import HiddenMask, Request
 from autosparse_fx.ops import signed_sum
 
@@ -33,6 +33,8 @@ class _Run:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.signature = _signature(optimizer)
+        self._calls = -1
+        self._asked: list[tuple[nn.Parameter, str]] = []
         self._missed: list[tuple[nn.Parameter, str]] = []
         self._held: list[_Held] = []
         self._groups: list[int] = []  # for each group of the twin, the index of the optimizer's own
@@ -55,20 +57,29 @@ class _Run:
                 self._twin.state[mask.threshold] = mask.optimizer_state
         self._annealers = _annealers(self._held)
 
+    @property
+    def trains_masks(self) -> bool:
+        """Whether the optimizer holds weights that are masked."""
+        return bool(self._held)
+
     def check(self, optimizer: Optimizer, closure: bool) -> None:
         """Raise where weights are trained that nothing masks, or in a way that thresholds cannot follow."""
-        for parameter, name in self._missed:
-            if parameter.grad is not None or closure:
+        if self._calls != (calls := asked.calls()):
+            self._calls = calls
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            found = asked.unmasked(set(map(id, parameters)))
+            self._asked = [(p, found[p]) for p in parameters if p in found]
+        missed = [*self._missed, *self._asked]
+        if closure and (self._held or missed):
+            raise RuntimeError(_no_closure(optimizer))
+        for parameter, name in missed:
+            if parameter.grad is not None:
                 raise RuntimeError(
                     f"weight '{name}' {list(parameter.shape)} is trained, but no compiled graph has masked it: its "
-                    "layer ran outside the compiled model, or is one that torch.compile leaves to eager mode, such as "
-                    f"nn.LSTM. {_CURE}, or leave the weight dense with options={{'rules': {{{name!r}: None}}, ...}}"
+                    "layer ran outside the compiled model, or where torch.compile leaves a model to eager mode (an "
+                    f"nn.LSTM in it, a graph break inside a loop). {_CURE}, or leave the weight dense with "
+                    f"options={{'rules': {{{name!r}: None}}, ...}}"
                 )
-        if self._held and closure:
-            raise RuntimeError(
-                f"{type(optimizer).__name__}.step(closure) computes gradients inside the step, where the thresholds of "
-                f"a model that was never prepared cannot follow: {_CURE}"
-            )
 
     @torch.no_grad()
     def read(self, optimizer: Optimizer) -> None:
@@ -148,6 +159,13 @@ def _twin(optimizer: Optimizer, groups: list[dict[str, Any]]) -> Optimizer:
     return twin
 
 
+def _no_closure(optimizer: Optimizer) -> str:
+    return (
+        f"{type(optimizer).__name__}.step(closure) computes gradients inside the step, where the thresholds of a model "
+        f"that was never prepared cannot follow: {_CURE}"
+    )
+
+
 def _threshold_gradient(weight: Tensor, grad: Tensor, mask: HiddenMask) -> Tensor:
     if grad.is_sparse:
         raise RuntimeError(f"weight '{mask.weight.name}' has a sparse gradient, which cannot be masked: {_CURE}")
@@ -179,15 +197,16 @@ def hook_optimizers() -> None:
 
 @torch.compiler.disable
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if optimizer in _twins or not masks.any_masks():
+    if optimizer in _twins:
         return
     run = _runs.get(optimizer)
     if run is None or run.signature != _signature(optimizer):
         run = _runs[optimizer] = _Run(optimizer)
-    run.check(optimizer, closure=any(map(callable, args)) or kwargs.get("closure") is not None)
-    # The optimizer's own hooks run after those of all optimizers, and may still change gradients: ours is to be last.
+    run.check(optimizer, closure=_has_closure(args, kwargs))
     _remove_reader(optimizer)
-    _readers[optimizer] = optimizer.register_step_pre_hook(_read)
+    # The optimizer's own hooks run after those of all optimizers, and may still change gradients: ours is to be last.
+    if run.trains_masks:
+        _readers[optimizer] = optimizer.register_step_pre_hook(_read)
 
 
 @torch.compiler.disable
@@ -200,6 +219,10 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
     if optimizer in _readers:
         _remove_reader(optimizer)
         _runs[optimizer].step(optimizer)
+
+
+def _has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return any(map(callable, args)) or kwargs.get("closure") is not None
 
 
 def _remove_reader(optimizer: Optimizer) -> None:

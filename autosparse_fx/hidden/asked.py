@@ -1,0 +1,81 @@
+"""Models that live calls of ``torch.compile(..., options={...})`` were to make sparse, called or not.
+
+Dynamo tells a backend of the graphs that it captures. Of a model of which it captures none (an ``nn.LSTM``, a graph
+break in a loop) the backend never hears, so the garbage collector is asked what was compiled, once in a while.
+"""
+
+import gc
+import inspect
+from collections.abc import Callable, Iterator
+from types import FunctionType
+from typing import Any
+
+from torch import nn
+
+from autosparse_fx import _compat
+from autosparse_fx.hidden import masks
+from autosparse_fx.options import parse_options
+from autosparse_fx.ownership import live_objects
+
+_counted = (0, 0)  # calls of torch.compile, and how many of them had options for this backend
+
+
+def calls() -> int:
+    """A number that changes when ``torch.compile`` is given options for this backend."""
+    global _counted
+    backends = _compat.compiling_backends()
+    if len(backends) != _counted[0]:
+        arguments = [_compat.backend_arguments(backend, "autosparse") for backend in list(backends.values())]
+        _counted = len(backends), sum(bool(given and given.get("options")) for given in arguments)
+    return _counted[1]
+
+
+def unmasked(held: set[int]) -> dict[nn.Parameter, str]:
+    """The weights that are to be sparse and that no graph masks, with their names, of all models that hold one of the
+    parameters with these ids.
+
+    Raises:
+        TypeError, ValueError: if the options of such a model are not valid, which Dynamo may have swallowed.
+    """
+    found = _unmasked(held)
+    if found:
+        gc.collect()  # a compiled model that nobody holds any more has asked for nothing
+        found = _unmasked(held)
+    return found
+
+
+def _unmasked(held: set[int]) -> dict[nn.Parameter, str]:
+    found = {}
+    for compiled, arguments in _compiled():
+        for module in _modules(compiled):
+            if any(id(parameter) in held for parameter in module.parameters()):
+                request = parse_options(arguments.get("mode"), arguments.get("options")).request
+                if request is not None:
+                    found.update(masks.unmasked(module, request))
+    return found
+
+
+def _compiled() -> Iterator[tuple[Callable[..., Any], dict[str, Any]]]:
+    closures = [o for o in live_objects() if type(o) is FunctionType and o.__closure__]
+    for closure in closures:
+        compiled = _compat.compiled_by(closure, "autosparse")
+        if compiled is not None and compiled[1].get("options"):
+            yield compiled
+
+
+def _modules(compiled: Callable[..., Any]) -> list[nn.Module]:
+    """The module that was compiled, or those that a compiled function or method refers to."""
+    while not isinstance(compiled, nn.Module):
+        owner = getattr(compiled, "__self__", None)
+        if isinstance(owner, nn.Module):
+            return [owner]
+        if not hasattr(compiled, "__wrapped__"):
+            try:
+                variables = inspect.getclosurevars(compiled)
+            except (TypeError, ValueError):  # not written in Python; a variable that has no value yet
+                return []
+            values = (variables.nonlocals, variables.globals, getattr(owner, "__dict__", {}))
+            # By type and not by isinstance, which would wake lazily loaded proxies.
+            return [value for found in values for value in found.values() if issubclass(type(value), nn.Module)]
+        compiled = compiled.__wrapped__
+    return [compiled]
