@@ -6,7 +6,9 @@ break in a loop) the backend never hears, so the garbage collector is asked what
 
 import gc
 import inspect
+import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
 
@@ -17,17 +19,33 @@ from autosparse_fx.hidden import masks
 from autosparse_fx.options import parse_options
 from autosparse_fx.ownership import live_objects
 
-_counted = (0, 0)  # calls of torch.compile, and how many of them had options for this backend
+
+@dataclass
+class _Calls:
+    """What is known of the calls of ``torch.compile``, with options for this backend and others."""
+
+    latest: tuple[int, int | None] = (0, None)  # how many there are, and the last
+    asking: list[int] = field(default_factory=list)  # those with options for this backend
+    number: int = 0
+    searched: int = -1  # the ``number`` at which the garbage collector was asked for:
+    compiled: list["weakref.ref[FunctionType]"] = field(default_factory=list)
+
+
+_calls = _Calls()
 
 
 def calls() -> int:
     """A number that changes when ``torch.compile`` is given options for this backend."""
-    global _counted
     backends = _compat.compiling_backends()
-    if len(backends) != _counted[0]:
-        arguments = [_compat.backend_arguments(backend, "autosparse") for backend in list(backends.values())]
-        _counted = len(backends), sum(bool(given and given.get("options")) for given in arguments)
-    return _counted[1]
+    latest = len(backends), next(reversed(backends), None)
+    if latest != _calls.latest:
+        _calls.latest = latest
+        given = {key: _compat.backend_arguments(backend, "autosparse") for key, backend in list(backends.items())}
+        asking = [key for key, arguments in given.items() if arguments and arguments.get("options")]
+        if asking != _calls.asking:
+            _calls.asking = asking
+            _calls.number += 1
+    return _calls.number
 
 
 def unmasked(held: set[int]) -> dict[nn.Parameter, str]:
@@ -56,9 +74,13 @@ def _unmasked(held: set[int]) -> dict[nn.Parameter, str]:
 
 
 def _compiled() -> Iterator[tuple[Callable[..., Any], dict[str, Any]]]:
-    closures = [o for o in live_objects() if type(o) is FunctionType and o.__closure__]
-    for closure in closures:
-        compiled = _compat.compiled_by(closure, "autosparse")
+    if _calls.searched != (number := calls()):
+        closures = [o for o in live_objects() if type(o) is FunctionType and o.__closure__]
+        _calls.compiled = [weakref.ref(o) for o in closures if _compat.compiled_by(o, "autosparse") is not None]
+        _calls.searched = number
+    for reference in _calls.compiled:
+        closure = reference()
+        compiled = None if closure is None else _compat.compiled_by(closure, "autosparse")
         if compiled is not None and compiled[1].get("options"):
             yield compiled
 

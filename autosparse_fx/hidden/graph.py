@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from autosparse_fx._compat import FakeTensor, placeholder_parameter
 from autosparse_fx.hidden import masks
-from autosparse_fx.hidden.masks import Request
+from autosparse_fx.hidden.masks import HiddenMask, Request
 from autosparse_fx.passes.find_weights import find_weights
 from autosparse_fx.passes.insert_masks import STATE, WEIGHT, MaskSpec
 from autosparse_fx.passes.modes import is_written_to
@@ -80,6 +80,7 @@ class MaskedCall:
         self._known: tuple[int, list[Callable[[], Any]]] | None = None
         self._examples: list[Tensor] = []
         self._state: list[Tensor] = []
+        self._masks: tuple[HiddenMask, ...] = ()
         by_name = {node.name: node for node in gm.graph.nodes}
         for node in placeholders:
             name, field = node.meta.get(STATE, (None, None))
@@ -118,7 +119,10 @@ class MaskedCall:
             if any(isinstance(weight, FakeTensor) for weight in weights):  # DDPOptimizer, which asks for output strides
                 return self._compiled(*args, *self._examples)
             self._state = self._look_up(weights)
+            self._masks = tuple(mask for mask in map(masks.hidden_mask, weights) if mask is not None)
             self._known = (masks.version(), [weakref.ref(weight) for weight in weights])
+        if torch.is_grad_enabled():
+            masks.note_use(self._masks)
         return self._compiled(*args, *self._state)
 
     def _weights(self, args: Sequence[Any]) -> list[nn.Parameter]:

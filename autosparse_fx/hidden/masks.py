@@ -14,7 +14,7 @@ from autosparse_fx.config import AutoSparse, matches
 from autosparse_fx.decay import annealed_alpha
 from autosparse_fx.initial import new_mask
 from autosparse_fx.masked import MaskedModule
-from autosparse_fx.ownership import Place, is_finalized, places
+from autosparse_fx.ownership import Place, holds_only_for_us, is_finalized, places
 from autosparse_fx.plan import MaskedWeight, Plan, Slot
 from autosparse_fx.selection import check_tensor, collect, refuse_wrappers
 
@@ -39,6 +39,7 @@ class HiddenMask:
     offset: Tensor
     alpha: Tensor
     steps: int = 0  # optimizer steps that the weight has seen
+    used: int = 0  # when a graph last computed gradients with it, in ticks of ``tick``
     optimizer: str = ""  # the class of the optimizer that the threshold's state is of
     optimizer_state: dict[str, Any] = field(default_factory=dict)  # as torch.optim keeps it
 
@@ -50,6 +51,7 @@ class HiddenMask:
         """A masked module around the weight, under ``name`` in it, for all code that works on those."""
         slot = Slot(name, self.axis)
         module = nn.Module()
+        holds_only_for_us(module)
         module._parameters[slot.name] = parameter
         attach(module, slot, self.weight, self.plan, self.threshold, self.offset, self.alpha)
         assert isinstance(module, MaskedModule)
@@ -67,6 +69,8 @@ class _Registry:
     seen: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)  # looked at for this request
     alphas: Any = field(default_factory=WeakIdKeyDictionary)  # plan -> {device: alpha}
     plans: Any = field(default_factory=WeakIdKeyDictionary)  # root module -> [(request, plan)]
+    called: set[HiddenMask] = field(default_factory=set)  # with gradients, since the last tick
+    ticks: int = 0
     members: int = 0
     version: int = 0
 
@@ -93,6 +97,20 @@ def membership() -> int:
 def touch() -> None:
     """Have every compiled graph look up its weights again."""
     _registry.version += 1
+
+
+def note_use(used: tuple[HiddenMask, ...]) -> None:
+    """Note that a graph is being called that computes gradients with these masks."""
+    _registry.called.update(used)
+
+
+def tick() -> int:
+    """Begin a new count of uses, and return its number: masks that were used since the last one have it in ``used``."""
+    _registry.ticks += 1
+    for mask in _registry.called:
+        mask.used = _registry.ticks
+    _registry.called.clear()
+    return _registry.ticks
 
 
 def missed_weight(parameter: Tensor) -> str | None:

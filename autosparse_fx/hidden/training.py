@@ -24,6 +24,7 @@ from autosparse_fx.hidden import asked, masks
 from autosparse_fx.hidden.masks import HiddenMask, Request
 from autosparse_fx.ops import signed_sum
 
+_READ = "_autosparse_read"  # the version of a gradient that a step has seen
 _Held = tuple[nn.Parameter, HiddenMask]
 _CURE = "prepare the model with model = autosparse_fx.sparsify(model) before making the optimizer"
 
@@ -34,6 +35,7 @@ class _Run:
     def __init__(self, optimizer: Optimizer) -> None:
         self.signature = _signature(optimizer)
         self._calls = -1
+        self._tick = 0
         self._asked: list[tuple[nn.Parameter, str]] = []
         self._missed: list[tuple[nn.Parameter, str]] = []
         self._held: list[_Held] = []
@@ -88,10 +90,14 @@ class _Run:
             return
         for group, index in zip(self._twin.param_groups, self._groups, strict=True):
             group.update(_settings(optimizer.param_groups[index]))
+        last, self._tick = self._tick, masks.tick()
         scale = getattr(optimizer, "grad_scale", None)  # GradScaler lets fused optimizers unscale by themselves
         for parameter, mask in self._held:
             mask.threshold.grad = None
             if parameter.grad is not None:
+                if mask.used <= last:
+                    _refuse_dense_gradient(parameter.grad, mask)
+                parameter.grad.__dict__[_READ] = parameter.grad._version
                 gradient = _threshold_gradient(parameter.detach(), parameter.grad, mask)
                 mask.threshold.grad = gradient if scale is None else gradient / scale.to(gradient.device)
 
@@ -159,6 +165,20 @@ def _twin(optimizer: Optimizer, groups: list[dict[str, Any]]) -> Optimizer:
     return twin
 
 
+def _refuse_dense_gradient(grad: Tensor, mask: HiddenMask) -> None:
+    """Raise where a gradient is new although no graph has used the mask of its weight since the last step."""
+    if grad.__dict__.get(_READ) == grad._version or not grad.any():  # left from the last step, or never more than zero
+        return
+    name = mask.weight.name
+    raise RuntimeError(
+        f"weight '{name}' {list(grad.shape)} is trained as a dense one: it has a gradient, but since the last step no "
+        "compiled graph has used its mask. Either the model is called that is not compiled, or torch.compile has "
+        "reached its recompile limit and runs the model in eager mode (TORCH_LOGS=recompiles says why). Call the "
+        "compiled model, and raise torch._dynamo.config.recompile_limit or mark what changes as dynamic; or "
+        f"{_CURE}"
+    )
+
+
 def _no_closure(optimizer: Optimizer) -> str:
     return (
         f"{type(optimizer).__name__}.step(closure) computes gradients inside the step, where the thresholds of a model "
@@ -219,6 +239,8 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
     if optimizer in _readers:
         _remove_reader(optimizer)
         _runs[optimizer].step(optimizer)
+    elif optimizer in _runs and _has_closure(args, kwargs) and _runs[optimizer].signature != _signature(optimizer):
+        _Run(optimizer).check(optimizer, closure=True)  # the masks of graphs that were compiled inside the step
 
 
 def _has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
