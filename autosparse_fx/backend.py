@@ -18,7 +18,7 @@ from autosparse_fx.hidden.masks import Request, hidden_mask, undone_on_error
 from autosparse_fx.hidden.training import hook_optimizers
 from autosparse_fx.inference import compile_for_inference
 from autosparse_fx.options import ONE_LINE_OPTIONS, parse_options
-from autosparse_fx.ownership import is_prepared
+from autosparse_fx.ownership import holds_zeros, is_prepared
 from autosparse_fx.passes import DYNAMO_PASSES
 from autosparse_fx.passes.dedupe_masks import is_mask
 from autosparse_fx.passes.find_weights import find_weights
@@ -49,7 +49,9 @@ def autosparse(
     Raises:
         TypeError, ValueError: naming an option that is unknown, out of range, or missing; a rule that matches no
             parameter; options for a model that was prepared.
-        RuntimeError: if the graph trains weights that nothing makes sparse.
+        RuntimeError: if the graph trains weights that nothing makes sparse. A finalized model trains on as it is, and
+            so does any other in which at least half of the elements of the layers' weights are exactly zero, as in a
+            copy of a finalized one.
     """
     parsed = parse_options(mode, options)
     _refuse_unprepared_training(gm, parsed.request)
@@ -77,15 +79,20 @@ def _refuse_unprepared_training(gm: GraphModule, request: Request | None) -> Non
         return
     if request is not None or not torch.is_grad_enabled():
         return
-    for node in find_weights(gm, lambda n: placeholder_parameter(n) is not None):
-        parameter = placeholder_parameter(node)
-        assert parameter is not None
+    weights = {
+        node: parameter
+        for node in find_weights(gm, lambda n: placeholder_parameter(n) is not None)
+        if (parameter := placeholder_parameter(node)) is not None
+    }
+    for node, parameter in weights.items():
         if parameter.requires_grad and hidden_mask(parameter) is None and not is_prepared(parameter):
+            if holds_zeros(list(weights.values())):
+                break
             raise RuntimeError(
                 f"backend 'autosparse' was asked to train a model that is not sparse (weight '{node.name}' "
-                f"{list(parameter.shape)}): call model = autosparse_fx.sparsify(model) before making the optimizer, "
-                "compile with options={'target_sparsity': 0.9, 'total_steps': ...}, or use backend='inductor' to train "
-                "it dense"
+                f"{list(parameter.shape)}; a model that was finalized has zeros in at least half of its layers' "
+                "weights): call model = autosparse_fx.sparsify(model) before making the optimizer, compile with "
+                "options={'target_sparsity': 0.9, 'total_steps': ...}, or use backend='inductor' to train it dense"
             )
 
 

@@ -38,6 +38,8 @@ def mark_weights(gm: GraphModule, request: Request | None) -> None:
     if request is not None:
         weights = {parameters[node]: axis for node, axis in found.items()}
         masks.register(weights, list(parameters.values()), request)
+    elif torch.is_grad_enabled():
+        masks.not_missed(parameters.values())
     for node, parameter in parameters.items():
         mask = masks.hidden_mask(parameter)
         if mask is not None and (node in found or _is_looked_up_in(node)):

@@ -1,6 +1,6 @@
 """The masks of weights whose model was never prepared, found by the weight itself."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,6 +66,8 @@ class _Registry:
     # Weights that no graph has masked although a layer of a known class multiplies by them: their full names.
     missed: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     dense: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)  # by a rule: the requests
+    # Masks that were taken off again: requests and the names under them.
+    served: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     seen: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)  # looked at for this request
     alphas: Any = field(default_factory=WeakIdKeyDictionary)  # plan -> {device: alpha}
     plans: Any = field(default_factory=WeakIdKeyDictionary)  # root module -> [(request, plan)]
@@ -113,10 +115,17 @@ def tick() -> int:
     return _registry.ticks
 
 
-def missed_weight(parameter: Tensor) -> str | None:
-    """The name of a weight that should be masked by now and is not."""
+def missed_weight(parameter: Tensor) -> tuple[str, bool] | None:
+    """Of a weight that should be masked by now and is not: its name, and whether the same options masked it before."""
     found: tuple[str, Request] | None = _registry.missed.get(parameter)
-    return None if found is None else found[0]
+    return None if found is None else (found[0], _served(parameter, found[1]) is not None)
+
+
+def not_missed(parameters: Iterable[Tensor]) -> None:
+    """Note that these weights are trained as they are, since their model was compiled again, without options."""
+    for parameter in parameters:
+        if _registry.missed.pop(parameter, None) is not None:
+            _registry.members += 1
 
 
 def register(weights: Mapping[nn.Parameter, int], around: list[nn.Parameter], request: Request) -> None:
@@ -139,13 +148,18 @@ def register(weights: Mapping[nn.Parameter, int], around: list[nn.Parameter], re
                 f"weight '{mask.weight.name}' is being made sparse already, with other options "
                 f"({mask.request}): compile all parts of a model with the same ones"
             )
+    for parameter in weights if torch.is_grad_enabled() else ():
+        name = _served(parameter, request)
+        if hidden_mask(parameter) is None and name is not None:
+            _registry.missed[parameter] = (name, request)
+            _registry.members += 1
     unseen = [p for p in (*weights, *around) if _registry.seen.get(p) != request]
-    if not unseen and not any(map(_is_new, weights)):
+    if not unseen and not any(_is_new(p, request) for p in weights):
         return
     found = places([*weights, *around])
     expected = _expected([found[id(p)].scope for p in (*weights, *around) if id(p) in found], found, request)
     axes = {**{p: expected[p][1] for p in around if p in expected}, **weights}
-    new = [p for p in axes if _is_new(p) and _registry.dense.get(p) != request]
+    new = [p for p in axes if _is_new(p, request) and _registry.dense.get(p) != request]
     plans = {id(place.root): _plan(place.root, found, request) for place in found.values()}
     made: list[tuple[nn.Parameter, int, MaskedWeight, Plan]] = []
     dense: list[tuple[nn.Parameter, Plan, str, str]] = []
@@ -204,7 +218,7 @@ def undone_on_error() -> Iterator[None]:
         yield
     except BaseException:
         for parameter in [parameter for parameter in _registry.masks if id(parameter) not in masked]:
-            release(parameter)
+            _take_off(parameter)
         _registry.missed, _registry.dense, _registry.seen = missed, dense, seen
         raise
 
@@ -219,10 +233,18 @@ def insert(parameter: nn.Parameter, mask: HiddenMask) -> None:
 
 def release(parameter: nn.Parameter) -> None:
     """Forget the mask of a weight: graphs that were compiled with it read the weight as it is from now on."""
-    if _registry.masks.pop(parameter, None) is not None:
+    mask = _take_off(parameter)
+    if mask is not None:
+        _registry.served.setdefault(parameter, []).append((mask.weight.name, mask.request))
+    _registry.missed.pop(parameter, None)
+
+
+def _take_off(parameter: nn.Parameter) -> HiddenMask | None:
+    mask: HiddenMask | None = _registry.masks.pop(parameter, None)
+    if mask is not None:
         _registry.members += 1
         touch()
-    _registry.missed.pop(parameter, None)
+    return mask
 
 
 def _plan(root: nn.Module, found: Mapping[int, Place], request: Request) -> Plan:
@@ -244,8 +266,19 @@ def _plan(root: nn.Module, found: Mapping[int, Place], request: Request) -> Plan
     return plan
 
 
-def _is_new(parameter: nn.Parameter) -> bool:
-    return hidden_mask(parameter) is None and not is_finalized(parameter)
+def _is_new(parameter: nn.Parameter, request: Request) -> bool:
+    """Whether a weight is to get a mask. One that was finalized gets another if it is trained again, by other options:
+    what is called with the same ones may as well be the model that they were for, which is now evaluated.
+    """
+    if hidden_mask(parameter) is not None or _served(parameter, request) is not None:
+        return False
+    return torch.is_grad_enabled() or not is_finalized(parameter)
+
+
+def _served(parameter: Tensor, request: Request) -> str | None:
+    """The name of a weight that had a mask by this request, which was taken off again."""
+    served: list[tuple[str, Request]] = _registry.served.get(parameter, [])
+    return next((name for name, known in served if known == request), None)
 
 
 def _expected(
@@ -260,7 +293,7 @@ def _expected(
             prepared = any(isinstance(holder, MaskedModule) for holder, _ in candidate.holders)
             if prepared or candidate.axis is None:
                 continue
-            if _is_new(parameter) and request.config.rule_for(names)[1] is not None:
+            if _is_new(parameter, request) and request.config.rule_for(names)[1] is not None:
                 expected[parameter] = (names[0], candidate.axis)
     return expected
 

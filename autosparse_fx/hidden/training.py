@@ -26,6 +26,7 @@ from autosparse_fx.ops import signed_sum
 
 _READ = "_autosparse_read"  # the version of a gradient that a step has seen
 _Held = tuple[nn.Parameter, HiddenMask]
+_Missed = tuple[nn.Parameter, str, bool]  # a weight, its name, whether it had a mask before
 _CURE = "prepare the model with model = autosparse_fx.sparsify(model) before making the optimizer"
 
 
@@ -36,8 +37,8 @@ class _Run:
         self.signature = _signature(optimizer)
         self._calls = -1
         self._tick = 0
-        self._asked: list[tuple[nn.Parameter, str]] = []
-        self._missed: list[tuple[nn.Parameter, str]] = []
+        self._asked: list[_Missed] = []
+        self._missed: list[_Missed] = []
         self._held: list[_Held] = []
         self._groups: list[int] = []  # for each group of the twin, the index of the optimizer's own
         groups = []
@@ -47,8 +48,8 @@ class _Run:
                 mask = masks.hidden_mask(parameter)
                 if mask is not None:
                     held.append((parameter, mask))
-                elif (name := masks.missed_weight(parameter)) is not None:
-                    self._missed.append((parameter, name))
+                elif (missed := masks.missed_weight(parameter)) is not None:
+                    self._missed.append((parameter, *missed))
             if held:
                 groups.append({**_settings(group), "params": [mask.threshold for _, mask in held]})
                 self._groups.append(index)
@@ -70,11 +71,17 @@ class _Run:
             self._calls = calls
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             found = asked.unmasked(set(map(id, parameters)))
-            self._asked = [(p, found[p]) for p in parameters if p in found]
+            self._asked = [(p, found[p], False) for p in parameters if p in found]
         missed = [*self._missed, *self._asked]
         if closure and (self._held or missed):
             raise RuntimeError(_no_closure(optimizer))
-        for parameter, name in missed:
+        for parameter, name, again in missed:
+            if parameter.grad is not None and again:
+                raise RuntimeError(
+                    f"weight '{name}' {list(parameter.shape)} was finalized, and the options that it was made sparse "
+                    "by do not mask it a second time: compile the model without options to train it as it is, or with "
+                    "others, or a copy of it (copy.deepcopy), to make it sparse anew"
+                )
             if parameter.grad is not None:
                 raise RuntimeError(
                     f"weight '{name}' {list(parameter.shape)} is trained, but no compiled graph has masked it: its "
