@@ -14,7 +14,8 @@ import autosparse_fx.ops  # noqa: F401  (the operators must exist before a graph
 from autosparse_fx import _compat
 from autosparse_fx._compat import placeholder_parameter
 from autosparse_fx.hidden.graph import MaskedCall, mark_weights
-from autosparse_fx.hidden.masks import Request, hidden_mask, undone_on_error
+from autosparse_fx.hidden.masks import Request, hidden_mask
+from autosparse_fx.hidden.registration import undone_on_error
 from autosparse_fx.hidden.training import hook_optimizers
 from autosparse_fx.inference import compile_for_inference
 from autosparse_fx.options import ONE_LINE_OPTIONS, parse_options

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from autosparse_fx import _compat
-from autosparse_fx.hidden import masks
+from autosparse_fx.hidden.registration import unmasked_in
 from autosparse_fx.options import parse_options
 from autosparse_fx.ownership import live_objects
 
@@ -69,7 +69,7 @@ def _unmasked(held: set[int]) -> dict[nn.Parameter, str]:
             if any(id(parameter) in held for parameter in module.parameters()):
                 request = parse_options(arguments.get("mode"), arguments.get("options")).request
                 if request is not None:
-                    found.update(masks.unmasked(module, request))
+                    found.update(unmasked_in(module, request))
     return found
 
 
@@ -99,5 +99,5 @@ def _modules(compiled: Callable[..., Any]) -> list[nn.Module]:
             values = (variables.nonlocals, variables.globals, getattr(owner, "__dict__", {}))
             # By type and not by isinstance, which would wake lazily loaded proxies.
             return [value for found in values for value in found.values() if issubclass(type(value), nn.Module)]
-        compiled = compiled.__wrapped__
+        compiled = compiled.__wrapped__  # type: ignore[attr-defined]
     return [compiled]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from autosparse_fx._compat import FakeTensor, placeholder_parameter
-from autosparse_fx.hidden import masks
+from autosparse_fx.hidden import masks, registration
 from autosparse_fx.hidden.masks import HiddenMask, Request
 from autosparse_fx.passes.find_weights import find_weights
 from autosparse_fx.passes.insert_masks import STATE, WEIGHT, MaskSpec
@@ -37,7 +37,7 @@ def mark_weights(gm: GraphModule, request: Request | None) -> None:
     found = find_weights(gm, parameters.__contains__)
     if request is not None:
         weights = {parameters[node]: axis for node, axis in found.items()}
-        masks.register(weights, list(parameters.values()), request)
+        registration.register(weights, list(parameters.values()), request)
     elif torch.is_grad_enabled():
         masks.not_missed(parameters.values())
     for node, parameter in parameters.items():
@@ -132,7 +132,7 @@ class MaskedCall:
 
     def _look_up(self, weights: list[nn.Parameter]) -> list[Tensor]:
         if self._request is not None:
-            masks.register(dict(zip(weights, self._axes, strict=True)), [], self._request)
+            registration.register(dict(zip(weights, self._axes, strict=True)), [], self._request)
         found: list[Tensor] = []
         for weight, shape in zip(weights, self._shapes, strict=True):
             found.extend(masks.state(weight, shape))

@@ -10,7 +10,10 @@ thresholds then take a step of a second optimizer, of the same class and with th
 their weight, as they would as parameters of a prepared model.
 """
 
+import inspect
+import warnings
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ from autosparse_fx.annealing import GradientAnnealing
 from autosparse_fx.hidden import asked, masks
 from autosparse_fx.hidden.masks import HiddenMask, Request
 from autosparse_fx.ops import signed_sum
+from autosparse_fx.plan import Plan
 
 _READ = "_autosparse_read"  # the version of a gradient that a step has seen
 _Held = tuple[nn.Parameter, HiddenMask]
@@ -37,6 +41,7 @@ class _Run:
         self.signature = _signature(optimizer)
         self._calls = -1
         self._tick = 0
+        self._steps = 0
         self._asked: list[_Missed] = []
         self._missed: list[_Missed] = []
         self._held: list[_Held] = []
@@ -59,6 +64,8 @@ class _Run:
             if self._twin is not None and mask.optimizer_state and mask.optimizer == type(optimizer).__name__:
                 self._twin.state[mask.threshold] = mask.optimizer_state
         self._annealers = _annealers(self._held)
+        for _, mask in self._held:
+            mask.trained = True
 
     @property
     def trains_masks(self) -> bool:
@@ -118,6 +125,9 @@ class _Run:
         self._twin.step()
         if found_inf is not None:
             del self._twin.grad_scale, self._twin.found_inf  # type: ignore[attr-defined]
+        self._steps += 1
+        if self._steps == 2:  # every other optimizer has had its first step, or its chance of one
+            _warn_of_untrained({id(mask.plan): mask.plan for _, mask in self._held}.values())
         for annealer, held in self._annealers:
             annealer.step()
             for _, mask in held:
@@ -162,8 +172,9 @@ def _signature(optimizer: Optimizer) -> tuple[int, ...]:
 def _twin(optimizer: Optimizer, groups: list[dict[str, Any]]) -> Optimizer:
     """An optimizer of the same class and settings over the thresholds."""
     kind = type(optimizer)
+    takes = inspect.signature(kind).parameters
     try:
-        twin = kind(groups)  # type: ignore[call-arg]
+        twin = kind(groups, **{name: value for name, value in optimizer.defaults.items() if name in takes})
     except Exception as error:
         raise RuntimeError(
             f"{kind.__name__} cannot train the thresholds of a model that was never prepared ({error}): {_CURE}"
@@ -184,6 +195,20 @@ def _refuse_dense_gradient(grad: Tensor, mask: HiddenMask) -> None:
         "compiled model, and raise torch._dynamo.config.recompile_limit or mark what changes as dynamic; or "
         f"{_CURE}"
     )
+
+
+def _warn_of_untrained(plans: Iterable[Plan]) -> None:
+    """Warn, once for each model, of masked weights that no optimizer trains: their thresholds stay where they are."""
+    for plan in plans:
+        names = [] if plan.warned_of_untrained else masks.untrained(plan)
+        if names:
+            plan.warned_of_untrained = True
+            warnings.warn(
+                f"no optimizer that has taken a step holds the weight '{names[0]}' ({len(names)} masked weights in "
+                "all): its threshold is neither trained nor steered. Give its parameter to an optimizer, freeze it "
+                f"with requires_grad_(False), or leave it dense with options={{'rules': {{{names[0]!r}: None}}, ...}}",
+                stacklevel=2,
+            )
 
 
 def _no_closure(optimizer: Optimizer) -> str:
