@@ -79,6 +79,14 @@ def register_inductor_lowering(op: Any, lowering: Callable[..., Any]) -> None:
     register_lowering(op, type_promotion_kind=None)(lowering)
 
 
+def tag_compile_caches(tag: str) -> None:
+    """Make ``tag`` a part of the keys of AOTAutograd's and Inductor's caches, where no lowering is one: code of an
+    earlier version of ours would be taken from them. 2.11-2.15; a public setting, made for this.
+    """
+    if tag not in torch.compiler.config.cache_key_tag:
+        torch.compiler.config.cache_key_tag += tag
+
+
 def weak_tensor_ref(tensor: Tensor) -> Callable[[], Tensor | None]:
     """A weak reference that follows a tensor whose Python object is revived from C++. 2.11-2.15."""
     from torch.utils.weak import TensorWeakRef
