@@ -24,8 +24,9 @@ from autosparse_fx.ownership import live_objects
 class _Calls:
     """What is known of the calls of ``torch.compile``, with options for this backend and others."""
 
-    latest: tuple[int, int | None] = (0, None)  # how many there are, and the last
-    asking: list[int] = field(default_factory=list)  # those with options for this backend
+    count: int = 0
+    latest: object = None  # the objects themselves, since the id of one that is gone may be another's
+    asking: list[object] = field(default_factory=list)  # those with options for this backend
     number: int = 0
     searched: int = -1  # the ``number`` at which the garbage collector was asked for:
     compiled: list["weakref.ref[FunctionType]"] = field(default_factory=list)
@@ -37,12 +38,12 @@ _calls = _Calls()
 def calls() -> int:
     """A number that changes when ``torch.compile`` is given options for this backend."""
     backends = _compat.compiling_backends()
-    latest = len(backends), next(reversed(backends), None)
-    if latest != _calls.latest:
-        _calls.latest = latest
-        given = {key: _compat.backend_arguments(backend, "autosparse") for key, backend in list(backends.items())}
-        asking = [key for key, arguments in given.items() if arguments and arguments.get("options")]
-        if asking != _calls.asking:
+    latest = backends[next(reversed(backends))] if backends else None
+    if len(backends) != _calls.count or latest is not _calls.latest:
+        _calls.count, _calls.latest = len(backends), latest
+        given = [(backend, _compat.backend_arguments(backend, "autosparse")) for backend in list(backends.values())]
+        asking = [backend for backend, arguments in given if arguments and arguments.get("options")]
+        if list(map(id, asking)) != list(map(id, _calls.asking)):
             _calls.asking = asking
             _calls.number += 1
     return _calls.number
