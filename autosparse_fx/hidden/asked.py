@@ -28,8 +28,6 @@ class _Calls:
     latest: object = None  # the objects themselves, since the id of one that is gone may be another's
     asking: list[object] = field(default_factory=list)  # those with options for this backend
     number: int = 0
-    searched: int = -1  # the ``number`` at which the garbage collector was asked for:
-    compiled: list["weakref.ref[FunctionType]"] = field(default_factory=list)
 
 
 _calls = _Calls()
@@ -75,11 +73,8 @@ def _unmasked(held: set[int]) -> dict[nn.Parameter, str]:
 
 
 def _compiled() -> Iterator[tuple[Callable[..., Any], dict[str, Any]]]:
-    if _calls.searched != (number := calls()):
-        closures = [o for o in live_objects() if type(o) is FunctionType and o.__closure__]
-        _calls.compiled = [weakref.ref(o) for o in closures if _compat.compiled_by(o, "autosparse") is not None]
-        _calls.searched = number
-    for reference in _calls.compiled:
+    closures = [weakref.ref(o) for o in live_objects() if type(o) is FunctionType and o.__closure__]
+    for reference in closures:
         closure = reference()
         compiled = None if closure is None else _compat.compiled_by(closure, "autosparse")
         if compiled is not None and compiled[1].get("options"):
