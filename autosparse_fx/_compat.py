@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -69,6 +70,14 @@ def register_inductor_lowering(op: Any, lowering: Callable[..., Any]) -> None:
     from torch._inductor.lowering import register_lowering
 
     register_lowering(op, type_promotion_kind=None)(lowering)
+
+
+def tag_compile_caches(tag: str) -> None:
+    """Make ``tag`` a part of the keys of AOTAutograd's and Inductor's caches, where no lowering is one: code of an
+    earlier version of ours would be taken from them. 2.11-2.15; a public setting, made for this.
+    """
+    if tag not in torch.compiler.config.cache_key_tag:
+        torch.compiler.config.cache_key_tag += tag
 
 
 def weak_tensor_ref(tensor: Tensor) -> Callable[[], Tensor | None]:
@@ -192,6 +201,36 @@ def compile_with_inductor(
         warnings.filterwarnings("ignore", "Raw SymInt value", UserWarning)
         compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
     return compiled  # type: ignore[no-any-return]
+
+
+def compiled_by(function: FunctionType, backend: str) -> tuple[Callable[..., Any], dict[str, Any]] | None:
+    """What ``function`` compiles, with the mode and the options, where it is what ``torch.compile`` with this backend
+    returned (or holds, for a module). 2.11-2.15; Dynamo tells a backend of graphs, and not of what was compiled.
+    """
+    compiled = getattr(function, "_torchdynamo_orig_callable", None)
+    if compiled is None:
+        return None
+    for cell in function.__closure__ or ():
+        try:
+            callback = cell.cell_contents
+        except ValueError:  # a variable that has no value
+            continue
+        if hasattr(callback, "_torchdynamo_orig_backend"):
+            wrapper = torch._dynamo.eval_frame.innermost_backend(callback)
+            arguments = backend_arguments(wrapper, backend)
+            if arguments is not None:
+                return compiled, arguments
+    return None
+
+
+def backend_arguments(wrapper: object, backend: str) -> dict[str, Any] | None:
+    """The mode and the options that one ``torch.compile`` passes to its backend, where it is this one. 2.11-2.15."""
+    return getattr(wrapper, "kwargs", {}) if getattr(wrapper, "compiler_name", None) == backend else None
+
+
+def compiling_backends() -> dict[int, Any]:
+    """The backends that ``torch.compile`` was given since Dynamo was last reset, one for each call. 2.11-2.15."""
+    return torch._dynamo.eval_frame.cached_backends
 
 
 def skip_frame(function: Callable[..., Any]) -> None:

@@ -14,11 +14,12 @@ import autosparse_fx.ops  # noqa: F401  (the operators must exist before a graph
 from autosparse_fx import _compat
 from autosparse_fx._compat import placeholder_parameter
 from autosparse_fx.hidden.graph import MaskedCall, mark_weights
-from autosparse_fx.hidden.masks import Request, hidden_mask, undone_on_error
+from autosparse_fx.hidden.masks import Request, hidden_mask
+from autosparse_fx.hidden.registration import undone_on_error
 from autosparse_fx.hidden.training import hook_optimizers
 from autosparse_fx.inference import compile_for_inference
 from autosparse_fx.options import ONE_LINE_OPTIONS, parse_options
-from autosparse_fx.ownership import is_prepared
+from autosparse_fx.ownership import holds_zeros, is_prepared
 from autosparse_fx.passes import DYNAMO_PASSES
 from autosparse_fx.passes.dedupe_masks import is_mask
 from autosparse_fx.passes.find_weights import find_weights
@@ -49,7 +50,9 @@ def autosparse(
     Raises:
         TypeError, ValueError: naming an option that is unknown, out of range, or missing; a rule that matches no
             parameter; options for a model that was prepared.
-        RuntimeError: if the graph trains weights that nothing makes sparse.
+        RuntimeError: if the graph trains weights that nothing makes sparse. A finalized model trains on as it is, and
+            so does any other in which at least half of the elements of the layers' weights are exactly zero, as in a
+            copy of a finalized one.
     """
     parsed = parse_options(mode, options)
     _refuse_unprepared_training(gm, parsed.request)
@@ -64,8 +67,6 @@ def autosparse(
         call = MaskedCall(graph, parsed.request)
         inputs = [*example_inputs, *call.example_state(example_inputs)]
         compiled = _compat.compile_with_inductor(graph, inputs, parsed.inductor, recompute_masks=parsed.recompute_masks)
-    if parsed.request is not None:
-        hook_optimizers()
     return call.bind(compiled)
 
 
@@ -79,15 +80,20 @@ def _refuse_unprepared_training(gm: GraphModule, request: Request | None) -> Non
         return
     if request is not None or not torch.is_grad_enabled():
         return
-    for node in find_weights(gm, lambda n: placeholder_parameter(n) is not None):
-        parameter = placeholder_parameter(node)
-        assert parameter is not None
+    weights = {
+        node: parameter
+        for node in find_weights(gm, lambda n: placeholder_parameter(n) is not None)
+        if (parameter := placeholder_parameter(node)) is not None
+    }
+    for node, parameter in weights.items():
         if parameter.requires_grad and hidden_mask(parameter) is None and not is_prepared(parameter):
+            if holds_zeros(list(weights.values())):
+                break
             raise RuntimeError(
                 f"backend 'autosparse' was asked to train a model that is not sparse (weight '{node.name}' "
-                f"{list(parameter.shape)}): call model = autosparse_fx.sparsify(model) before making the optimizer, "
-                "compile with options={'target_sparsity': 0.9, 'total_steps': ...}, or use backend='inductor' to train "
-                "it dense"
+                f"{list(parameter.shape)}; a model that was finalized has zeros in at least half of its layers' "
+                "weights): call model = autosparse_fx.sparsify(model) before making the optimizer, compile with "
+                "options={'target_sparsity': 0.9, 'total_steps': ...}, or use backend='inductor' to train it dense"
             )
 
 
@@ -97,3 +103,5 @@ def _all_nodes(gm: GraphModule) -> list[torch.fx.Node]:
 
 # Not a decorator: with an entry point of the same name it would register the name twice on first use.
 _compat.register_backend_once("autosparse", autosparse)
+# Here, and not where a graph is compiled with options: Dynamo may capture no graph of a model at all.
+hook_optimizers()

@@ -1,14 +1,18 @@
 """Inductor lowerings of the two operators: named nodes until the very end, then ordinary IR that fuses.
 
 Registered for every backend that lowers through Inductor, the stock one included. A lowering is no part of Inductor's
-cache key, so the ``uuid`` of this package's passes carries the hash of this file (see ``backend.py``).
+cache key, so the hash of this file is added to it.
 """
 
+import hashlib
+import inspect
+import sys
 from typing import Any
 
 import torch
 
-from autosparse_fx._compat import inductor_lowerings, register_inductor_lowering
+from autosparse_fx import ops
+from autosparse_fx._compat import inductor_lowerings, register_inductor_lowering, tag_compile_caches
 from autosparse_fx.ops import broadcast_dims
 
 aten = torch.ops.aten
@@ -70,3 +74,5 @@ def _anneal_gradient(grad: Any, weight: Any, threshold: Any, alpha: Any) -> tupl
 
 register_inductor_lowering(torch.ops.autosparse.threshold_mask.default, _threshold_mask)
 register_inductor_lowering(torch.ops.autosparse.anneal_gradient.default, _anneal_gradient)
+_sources = inspect.getsource(sys.modules[__name__]) + inspect.getsource(ops)
+tag_compile_caches(f"autosparse-{hashlib.sha256(_sources.encode()).hexdigest()[:16]}")

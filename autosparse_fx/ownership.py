@@ -4,14 +4,19 @@ Slow (a walk over all live objects), and used once per compiled graph at most.
 """
 
 import gc
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from autosparse_fx.selection import collect
+
 _finalized = WeakIdKeyDictionary()
+_no_owners: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,11 @@ def remember_finalized(parameters: Iterable[Tensor]) -> None:
         _finalized[parameter] = True
 
 
+def holds_only_for_us(module: nn.Module) -> None:
+    """Note that this module is a means of ours, and no part of the model that its parameters are of."""
+    _no_owners.add(module)
+
+
 def is_finalized(parameter: Tensor) -> bool:
     """Whether the parameter is of a model that was finalized."""
     return parameter in _finalized
@@ -41,6 +51,24 @@ def is_prepared(parameter: Tensor) -> bool:
         return True
     ancestors = _Ancestry([parameter]).ancestors
     return any("_autosparse" in vars(m) for ancestor in ancestors for m in ancestor.modules())
+
+
+def holds_zeros(parameters: Sequence[Tensor]) -> bool:
+    """Whether these weights, with those of all layers of the models that hold them, are a sparse model's: half of
+    their elements or more are exactly zero. Tensors of nothing but zeros are not counted: layers are initialised so.
+
+    A copy of a finalized model, saved and loaded or not, is known by nothing else.
+    """
+    counted = {id(p): p for p in parameters}
+    for root in _Ancestry(parameters).outermost():
+        counted.update((id(c.parameter), c.parameter) for c in collect(root) if c.axis is not None)
+    zeros = total = 0
+    with torch.no_grad():
+        for parameter in counted.values():
+            found = parameter.numel() - int(torch.count_nonzero(parameter))
+            if found < parameter.numel():
+                zeros, total = zeros + found, total + parameter.numel()
+    return total > 0 and 2 * zeros >= total
 
 
 def places(parameters: Sequence[Tensor]) -> dict[int, Place]:
@@ -69,11 +97,11 @@ class _Ancestry:
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         wanted = {id(p) for p in parameters}
         # By type and not by isinstance, which would wake lazily loaded proxies.
-        modules = [o for o in _live_objects() if issubclass(type(o), nn.Module) and "_modules" in vars(o)]
+        modules = [o for o in live_objects() if issubclass(type(o), nn.Module) and "_modules" in vars(o)]
         self._parents: dict[int, list[nn.Module]] = {}
         pending: list[nn.Module] = []
         for module in modules:
-            if any(id(p) in wanted for p in module._parameters.values()):
+            if any(id(p) in wanted for p in module._parameters.values()) and module not in _no_owners:
                 pending.append(module)
             for child in module._modules.values():
                 self._parents.setdefault(id(child), []).append(module)
@@ -101,7 +129,7 @@ class _Ancestry:
         return module._compiled_call_impl is not None or any("_orig_mod" in parent._modules for parent in parents)
 
 
-def _live_objects() -> list[Any]:
+def live_objects() -> list[Any]:
     """What the garbage collector tracks, and what ``gc.freeze()`` has hidden from it."""
     if gc.get_freeze_count() == 0:
         return gc.get_objects()

@@ -58,6 +58,7 @@ class Plan:
     skipped: dict[str, str] = field(default_factory=dict)  # full name -> reason
     scope: _DenseScope = field(default_factory=_DenseScope)
     warned_of_dense_checkpoint: bool = False
+    warned_of_untrained: bool = False
     annealed_steps: int = 0
     total_steps: int = 0  # where it was given with the configuration, in the one-line form
     history: History = field(default_factory=History)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from autosparse_fx._compat import FakeTensor, placeholder_parameter
-from autosparse_fx.hidden import masks
-from autosparse_fx.hidden.masks import Request
+from autosparse_fx.hidden import masks, registration
+from autosparse_fx.hidden.masks import HiddenMask, Request
 from autosparse_fx.passes.find_weights import find_weights
 from autosparse_fx.passes.insert_masks import STATE, WEIGHT, MaskSpec
 from autosparse_fx.passes.modes import is_written_to
@@ -38,7 +38,9 @@ def mark_weights(gm: GraphModule, request: Request | None) -> None:
     found = find_weights(gm, parameters.__contains__)
     if request is not None:
         weights = {parameters[node]: axis for node, axis in found.items()}
-        masks.register(weights, list(parameters.values()), request)
+        registration.register(weights, list(parameters.values()), request)
+    elif torch.is_grad_enabled():
+        masks.not_missed(parameters.values())
     for node, parameter in parameters.items():
         mask = masks.hidden_mask(parameter)
         needed = node in found or _is_looked_up_in(node)
@@ -82,6 +84,7 @@ class MaskedCall:
         self._known: tuple[int, list[Callable[[], Any]]] | None = None
         self._examples: list[Tensor] = []
         self._state: list[Tensor] = []
+        self._masks: tuple[HiddenMask, ...] = ()
         by_name = {node.name: node for node in gm.graph.nodes}
         for node in placeholders:
             name, field = node.meta.get(STATE, (None, None))
@@ -120,7 +123,10 @@ class MaskedCall:
             if any(isinstance(weight, FakeTensor) for weight in weights):  # DDPOptimizer, which asks for output strides
                 return self._compiled(*args, *self._examples)
             self._state = self._look_up(weights)
+            self._masks = tuple(mask for mask in map(masks.hidden_mask, weights) if mask is not None)
             self._known = (masks.version(), [weakref.ref(weight) for weight in weights])
+        if torch.is_grad_enabled():
+            masks.note_use(self._masks)
         return self._compiled(*args, *self._state)
 
     def _weights(self, args: Sequence[Any]) -> list[nn.Parameter]:
@@ -128,7 +134,7 @@ class MaskedCall:
 
     def _look_up(self, weights: list[nn.Parameter]) -> list[Tensor]:
         if self._request is not None:
-            masks.register(dict(zip(weights, self._axes, strict=True)), [], self._request)
+            registration.register(dict(zip(weights, self._axes, strict=True)), [], self._request)
         found: list[Tensor] = []
         for weight, shape in zip(weights, self._shapes, strict=True):
             found.extend(masks.state(weight, shape))

@@ -10,6 +10,7 @@ from autosparse_fx.attach import masked_modules
 from autosparse_fx.config import AutoSparse
 from autosparse_fx.hidden import masks
 from autosparse_fx.hidden.masks import HiddenMask, Request
+from autosparse_fx.hidden.registration import adopt
 from autosparse_fx.plan import MaskedWeight, Plan
 
 __all__ = ["load_state_dict", "state_dict"]
@@ -95,6 +96,7 @@ def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
     missing = [name for name, _, _ in masks.hidden_masks(model) if _plain(name) not in state]
     if missing:
         raise ValueError(f"the state lacks the thresholds of '{missing[0]}' ({len(missing)} weights in all)")
+    adopt([parameter for parameter, _ in made], plans)
     for parameter, mask in made:
         masks.insert(parameter, mask)
 

@@ -10,7 +10,10 @@ thresholds then take a step of a second optimizer, of the same class and with th
 their weight, as they would as parameters of a prepared model.
 """
 
+import inspect
+import warnings
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,11 +23,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.hooks import RemovableHandle
 
 from autosparse_fx.annealing import GradientAnnealing
-from autosparse_fx.hidden import masks
+from autosparse_fx.hidden import asked, masks
 from autosparse_fx.hidden.masks import HiddenMask, Request
 from autosparse_fx.ops import signed_sum
+from autosparse_fx.plan import Plan
 
+_READ = "_autosparse_read"  # the version of a gradient that a step has seen
 _Held = tuple[nn.Parameter, HiddenMask]
+_Missed = tuple[nn.Parameter, str, bool]  # a weight, its name, whether it had a mask before
 _CURE = "prepare the model with model = autosparse_fx.sparsify(model) before making the optimizer"
 
 
@@ -33,7 +39,11 @@ class _Run:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.signature = _signature(optimizer)
-        self._missed: list[tuple[nn.Parameter, str]] = []
+        self._calls = -1
+        self._tick = 0
+        self._steps = 0
+        self._asked: list[_Missed] = []
+        self._missed: list[_Missed] = []
         self._held: list[_Held] = []
         self._groups: list[int] = []  # for each group of the twin, the index of the optimizer's own
         groups = []
@@ -43,8 +53,8 @@ class _Run:
                 mask = masks.hidden_mask(parameter)
                 if mask is not None:
                     held.append((parameter, mask))
-                elif (name := masks.missed_weight(parameter)) is not None:
-                    self._missed.append((parameter, name))
+                elif (missed := masks.missed_weight(parameter)) is not None:
+                    self._missed.append((parameter, *missed))
             if held:
                 groups.append({**_settings(group), "params": [mask.threshold for _, mask in held]})
                 self._groups.append(index)
@@ -54,21 +64,38 @@ class _Run:
             if self._twin is not None and mask.optimizer_state and mask.optimizer == type(optimizer).__name__:
                 self._twin.state[mask.threshold] = mask.optimizer_state
         self._annealers = _annealers(self._held)
+        for _, mask in self._held:
+            mask.trained = True
+
+    @property
+    def trains_masks(self) -> bool:
+        """Whether the optimizer holds weights that are masked."""
+        return bool(self._held)
 
     def check(self, optimizer: Optimizer, closure: bool) -> None:
         """Raise where weights are trained that nothing masks, or in a way that thresholds cannot follow."""
-        for parameter, name in self._missed:
-            if parameter.grad is not None or closure:
+        if self._calls != (calls := asked.calls()):
+            self._calls = calls
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            found = asked.unmasked(set(map(id, parameters)))
+            self._asked = [(p, found[p], False) for p in parameters if p in found]
+        missed = [*self._missed, *self._asked]
+        if closure and (self._held or missed):
+            raise RuntimeError(_no_closure(optimizer))
+        for parameter, name, again in missed:
+            if parameter.grad is not None and again:
+                raise RuntimeError(
+                    f"weight '{name}' {list(parameter.shape)} was finalized, and the options that it was made sparse "
+                    "by do not mask it a second time: compile the model without options to train it as it is, or with "
+                    "others, or a copy of it (copy.deepcopy), to make it sparse anew"
+                )
+            if parameter.grad is not None:
                 raise RuntimeError(
                     f"weight '{name}' {list(parameter.shape)} is trained, but no compiled graph has masked it: its "
-                    "layer ran outside the compiled model, or is one that torch.compile leaves to eager mode, such as "
-                    f"nn.LSTM. {_CURE}, or leave the weight dense with options={{'rules': {{{name!r}: None}}, ...}}"
+                    "layer ran outside the compiled model, or where torch.compile leaves a model to eager mode (an "
+                    f"nn.LSTM in it, a graph break inside a loop). {_CURE}, or leave the weight dense with "
+                    f"options={{'rules': {{{name!r}: None}}, ...}}"
                 )
-        if self._held and closure:
-            raise RuntimeError(
-                f"{type(optimizer).__name__}.step(closure) computes gradients inside the step, where the thresholds of "
-                f"a model that was never prepared cannot follow: {_CURE}"
-            )
 
     @torch.no_grad()
     def read(self, optimizer: Optimizer) -> None:
@@ -77,10 +104,14 @@ class _Run:
             return
         for group, index in zip(self._twin.param_groups, self._groups, strict=True):
             group.update(_settings(optimizer.param_groups[index]))
+        last, self._tick = self._tick, masks.tick()
         scale = getattr(optimizer, "grad_scale", None)  # GradScaler lets fused optimizers unscale by themselves
         for parameter, mask in self._held:
             mask.threshold.grad = None
             if parameter.grad is not None:
+                if mask.used <= last:
+                    _refuse_dense_gradient(parameter.grad, mask)
+                parameter.grad.__dict__[_READ] = parameter.grad._version
                 gradient = _threshold_gradient(parameter.detach(), parameter.grad, mask)
                 mask.threshold.grad = gradient if scale is None else gradient / scale.to(gradient.device)
 
@@ -94,6 +125,9 @@ class _Run:
         self._twin.step()
         if found_inf is not None:
             del self._twin.grad_scale, self._twin.found_inf  # type: ignore[attr-defined]
+        self._steps += 1
+        if self._steps == 2:  # every other optimizer has had its first step, or its chance of one
+            _warn_of_untrained({id(mask.plan): mask.plan for _, mask in self._held}.values())
         for annealer, held in self._annealers:
             annealer.step()
             for _, mask in held:
@@ -138,14 +172,50 @@ def _signature(optimizer: Optimizer) -> tuple[int, ...]:
 def _twin(optimizer: Optimizer, groups: list[dict[str, Any]]) -> Optimizer:
     """An optimizer of the same class and settings over the thresholds."""
     kind = type(optimizer)
+    takes = inspect.signature(kind).parameters
     try:
-        twin = kind(groups)  # type: ignore[call-arg]
+        twin = kind(groups, **{name: value for name, value in optimizer.defaults.items() if name in takes})
     except Exception as error:
         raise RuntimeError(
             f"{kind.__name__} cannot train the thresholds of a model that was never prepared ({error}): {_CURE}"
         ) from error
     _twins.add(twin)
     return twin
+
+
+def _refuse_dense_gradient(grad: Tensor, mask: HiddenMask) -> None:
+    """Raise where a gradient is new although no graph has used the mask of its weight since the last step."""
+    if grad.__dict__.get(_READ) == grad._version or not grad.any():  # left from the last step, or never more than zero
+        return
+    name = mask.weight.name
+    raise RuntimeError(
+        f"weight '{name}' {list(grad.shape)} is trained as a dense one: it has a gradient, but since the last step no "
+        "compiled graph has used its mask. Either the model is called that is not compiled, or torch.compile has "
+        "reached its recompile limit and runs the model in eager mode (TORCH_LOGS=recompiles says why). Call the "
+        "compiled model, and raise torch._dynamo.config.recompile_limit or mark what changes as dynamic; or "
+        f"{_CURE}"
+    )
+
+
+def _warn_of_untrained(plans: Iterable[Plan]) -> None:
+    """Warn, once for each model, of masked weights that no optimizer trains: their thresholds stay where they are."""
+    for plan in plans:
+        names = [] if plan.warned_of_untrained else masks.untrained(plan)
+        if names:
+            plan.warned_of_untrained = True
+            warnings.warn(
+                f"no optimizer that has taken a step holds the weight '{names[0]}' ({len(names)} masked weights in "
+                "all): its threshold is neither trained nor steered. Give its parameter to an optimizer, freeze it "
+                f"with requires_grad_(False), or leave it dense with options={{'rules': {{{names[0]!r}: None}}, ...}}",
+                stacklevel=2,
+            )
+
+
+def _no_closure(optimizer: Optimizer) -> str:
+    return (
+        f"{type(optimizer).__name__}.step(closure) computes gradients inside the step, where the thresholds of a model "
+        f"that was never prepared cannot follow: {_CURE}"
+    )
 
 
 def _threshold_gradient(weight: Tensor, grad: Tensor, mask: HiddenMask) -> Tensor:
@@ -179,15 +249,16 @@ def hook_optimizers() -> None:
 
 @torch.compiler.disable
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if optimizer in _twins or not masks.any_masks():
+    if optimizer in _twins:
         return
     run = _runs.get(optimizer)
     if run is None or run.signature != _signature(optimizer):
         run = _runs[optimizer] = _Run(optimizer)
-    run.check(optimizer, closure=any(map(callable, args)) or kwargs.get("closure") is not None)
-    # The optimizer's own hooks run after those of all optimizers, and may still change gradients: ours is to be last.
+    run.check(optimizer, closure=_has_closure(args, kwargs))
     _remove_reader(optimizer)
-    _readers[optimizer] = optimizer.register_step_pre_hook(_read)
+    # The optimizer's own hooks run after those of all optimizers, and may still change gradients: ours is to be last.
+    if run.trains_masks:
+        _readers[optimizer] = optimizer.register_step_pre_hook(_read)
 
 
 @torch.compiler.disable
@@ -200,6 +271,12 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
     if optimizer in _readers:
         _remove_reader(optimizer)
         _runs[optimizer].step(optimizer)
+    elif optimizer in _runs and _has_closure(args, kwargs) and _runs[optimizer].signature != _signature(optimizer):
+        _Run(optimizer).check(optimizer, closure=True)  # the masks of graphs that were compiled inside the step
+
+
+def _has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return any(map(callable, args)) or kwargs.get("closure") is not None
 
 
 def _remove_reader(optimizer: Optimizer) -> None:

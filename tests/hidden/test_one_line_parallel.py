@@ -142,22 +142,12 @@ def process_group(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-UNSEEN = pytest.mark.xfail(
-    reason="Dynamo captures no weight of a wrapped layer whose class is one of torch.nn (nn.Sequential under DDP or "
-    "FSDP2, an nn.Linear that is sharded by itself): the model trains dense in silence",
-    strict=True,
-)
+# Dynamo captures no weight of a wrapped layer whose class is one of torch.nn: an nn.Sequential under DDP or FSDP2, an
+# nn.Linear that is sharded by itself.
 
 
-@pytest.mark.parametrize(
-    ("make", "parts"),
-    [
-        (reference.Residual, False),
-        pytest.param(reference.Residual, True, marks=UNSEEN),
-        pytest.param(reference.mlp, False, marks=UNSEEN),
-        pytest.param(reference.mlp, True, marks=UNSEEN),
-    ],
-)
+@pytest.mark.parametrize("parts", [False, True])
+@pytest.mark.parametrize("make", [reference.Residual, reference.mlp])
 def test_fsdp2_is_refused_with_the_cure(
     process_group: None, monkeypatch: pytest.MonkeyPatch, make: Callable[[], nn.Module], parts: bool
 ) -> None:
@@ -171,9 +161,10 @@ def test_fsdp2_is_refused_with_the_cure(
             fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    compiled = one_line(model)
 
     def step() -> None:
-        one_line(model)(torch.randn(4, 16)).sum().backward()
+        compiled(torch.randn(4, 16)).sum().backward()
         optimizer.step()
 
     with warnings.catch_warnings():
@@ -183,7 +174,7 @@ def test_fsdp2_is_refused_with_the_cure(
     assert not thresholds(model)
 
 
-@pytest.mark.parametrize("make", [reference.Residual, pytest.param(reference.mlp, marks=UNSEEN)])
+@pytest.mark.parametrize("make", [reference.Residual, reference.mlp])
 def test_compiled_ddp_is_never_dense_in_silence(
     process_group: None, monkeypatch: pytest.MonkeyPatch, make: Callable[[], nn.Module]
 ) -> None:

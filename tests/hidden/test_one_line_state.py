@@ -251,8 +251,9 @@ def test_a_finalized_model_trains_on_as_the_dense_model_that_it_is() -> None:
             optimizer.step()
             optimizer.zero_grad()
     assert_equal_states(state_of(run.model), state_of(dense))
-    # and under the old options, with the old optimizer
-    run.steps(3)
+    # The old options do not mask it a second time, and do not train it dense either.
+    with pytest.raises(RuntimeError, match=r"'0\.weight' .* was finalized(?s:.)*without options"):
+        run.steps(1)
     torch.testing.assert_close(run.compiled(X), run.model(X))
     assert not autosparse_fx.thresholds(run.model)
 

@@ -27,6 +27,7 @@ from autosparse_fx.hidden.masks import hidden_mask
 pytestmark = pytest.mark.usefixtures("eager_graphs")
 
 OPEN = AutoSparse(target_sparsity=None, threshold_init=-2.5)  # nothing but the gradients moves its thresholds
+LATE = pytest.mark.filterwarnings("ignore:no optimizer that has taken a step holds the weight")  # yet
 
 
 # Several optimizers, and groups that come late.
@@ -65,6 +66,7 @@ def test_two_optimizers_each_steer_their_own_weights() -> None:
     assert all(layer.sparsity == pytest.approx(0.8, abs=0.01) for layer in autosparse_fx.report(model).layers)
 
 
+@LATE
 def test_a_group_that_is_added_in_the_middle_is_trained_from_then_on() -> None:
     model = net()
     twin = copy.deepcopy(model)
@@ -83,6 +85,7 @@ def test_a_group_that_is_added_in_the_middle_is_trained_from_then_on() -> None:
     assert float(autosparse_fx.thresholds(model)["2.weight"]) != -2.5
 
 
+@LATE
 def test_a_group_that_is_added_in_the_middle_has_the_alpha_of_the_others_at_once() -> None:
     run = start(net(), lambda m: SGD(m[0].parameters(), lr=0.1), prepared=False)
     run.steps(10)
@@ -93,6 +96,7 @@ def test_a_group_that_is_added_in_the_middle_has_the_alpha_of_the_others_at_once
     assert float(first.alpha) == float(second.alpha) < 0.75
 
 
+@LATE
 def test_a_steered_model_reaches_its_target_with_a_group_that_came_late() -> None:
     run = start(net(), lambda m: SGD(m[0].parameters(), lr=0.1), prepared=False)
     run.steps(5)

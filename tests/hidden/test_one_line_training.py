@@ -35,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor 
 # Some frames torch 2.11 does not compile, and says nothing: the backend never hears of the model.
 NOT_CAPTURED = pytest.mark.xfail(
     torch.__version__ < (2, 12),
-    reason="Dynamo runs this model in eager mode, so that it trains dense",
+    reason="Dynamo runs this model in eager mode, which is an error of the first step",
     strict=True,
 )
 
@@ -284,23 +284,26 @@ class Recurrent(nn.Module):
         return self.head(self.lstm(x)[0][:, -1])
 
 
-@NOT_CAPTURED
 def test_an_lstm_is_an_error_of_the_first_step_that_names_weight_and_cure() -> None:
     model = Recurrent()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = AdamW(model.parameters())
-    one_line(model, 10)(torch.randn(3, 5, 8)).sum().backward()
+    compiled = one_line(model, 10)
+    compiled(torch.randn(3, 5, 8)).sum().backward()
     with pytest.raises(RuntimeError, match=r"'lstm\.weight_ih_l0'.*autosparse_fx\.sparsify"):
         optimizer.step()
     assert_equal_states(before, dict(model.state_dict()))
 
 
-@NOT_CAPTURED
-def test_an_lstm_that_rules_leave_dense_lets_the_rest_train() -> None:
+def test_an_lstm_that_rules_leave_dense_lets_the_rest_train_or_is_an_error() -> None:
     config = AutoSparse(rules={"lstm.*": None})
     one, prepared = both(Recurrent(), config=config, shape=(5, 8), inductor=True)
-    for run in (one, prepared):
-        run.steps(20)
+    try:
+        one.steps(20)
+    except RuntimeError as error:  # where Dynamo leaves the whole of it to eager mode
+        assert "weight 'head.weight' [4, 8] is trained, but no compiled graph has masked it" in str(error)
+        return
+    prepared.steps(20)
     assert_same(one, prepared)
     assert list(autosparse_fx.thresholds(one.model)) == ["head.weight"]
 

@@ -11,7 +11,8 @@ from torch.fx import GraphModule, Node
 
 from autosparse_fx import AutoSparse, _compat
 from autosparse_fx.hidden.graph import mark_weights
-from autosparse_fx.hidden.masks import Request, hidden_mask, undone_on_error
+from autosparse_fx.hidden.masks import Request, hidden_mask
+from autosparse_fx.hidden.registration import undone_on_error
 from autosparse_fx.passes import insert_masks
 from autosparse_fx.passes.insert_masks import WEIGHT
 from autosparse_fx.passes.verify import verify_masked_graph
