@@ -300,6 +300,11 @@ def is_read_by_weight_norm() -> bool:
     return sys._getframe(2).f_code is _weight_norm_code()
 
 
+def is_asked_by_distributed_tensors() -> bool:
+    """Whether ``torch.distributed.tensor`` asks, to be used in a property: others look at all attributes. 2.11-2.15."""
+    return str(sys._getframe(2).f_globals.get("__name__")).startswith("torch.distributed.tensor")
+
+
 @functools.cache
 def _weight_norm_code() -> Any:
     from torch.nn.utils.weight_norm import WeightNorm

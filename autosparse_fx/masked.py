@@ -71,7 +71,7 @@ class MaskedModule(nn.Module):
     def _distribute_module_applied(self) -> bool:
         """What ``parallelize_module`` asks first, before it reads weights, and sets at last. 2.11-2.15."""
         for slot in self._autosparse_slots:
-            if not dtensors.is_dtensor(mask_state(self, slot)[1]):
+            if _compat.is_asked_by_distributed_tensors() and not dtensors.is_dtensor(mask_state(self, slot)[1]):
                 _refuse_late_dtensor(self, slot, "cannot become a DTensor after sparsify")
         return bool(self.__dict__.get("_distribute_module_applied", False))
 
