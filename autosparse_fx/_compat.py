@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -366,6 +367,13 @@ def compile_cpp(source: str) -> Any:
     from torch._inductor.codecache import CppCodeCache
 
     return CppCodeCache.load(source)
+
+
+def inductor_cache_dir() -> Path:
+    """Where Inductor keeps what it compiled, and what it measured. 2.11-2.15."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir())
 
 
 def graph_inputs(gm: GraphModule) -> list[Any]:

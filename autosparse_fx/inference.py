@@ -20,7 +20,7 @@ from autosparse_fx import _compat
 from autosparse_fx.kernels.choice import CHOICE, PROGRAM, lacking
 from autosparse_fx.passes import INFERENCE_PASSES
 from autosparse_fx.passes.constants import with_constants
-from autosparse_fx.passes.fuse_sparse_programs import RUN_PROGRAM, SAVED
+from autosparse_fx.passes.fuse_sparse_programs import AUTOTUNE, RUN_PROGRAM, SAVED
 from autosparse_fx.pipeline import run_passes
 
 log = logging.getLogger(__name__)
@@ -147,6 +147,7 @@ class FrozenGraph:
     def compile_for(self, tensors: Sequence[Tensor], rewrites: int = 0) -> bool:
         """Compile for these weights as constants; return False where no layer would run sparse."""
         graph = with_constants(self._graph, dict(zip(self._state, tensors, strict=True)))
+        graph.meta[AUTOTUNE] = bool(self._patches.get("max_autotune"))
         versions = _versions(tensors)
         if not _make_sparse(graph):
             return False

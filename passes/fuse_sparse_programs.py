@@ -14,11 +14,13 @@ from autosparse_fx._compat import size_hint
 from autosparse_fx.kernels.choice import CHOICE
 from autosparse_fx.kernels.library import library
 from autosparse_fx.kernels.ops import flatten_shapes
-from autosparse_fx.kernels.program import Buffer, Step, Window, assemble
+from autosparse_fx.kernels.program import Buffer, Step, Window
+from autosparse_fx.kernels.tuning import Task, tuned_layouts
 from autosparse_fx.passes.constants import constant, new_constant, remove_unused_constants
 from autosparse_fx.passes.lower_sparse_conv import SPARSE_CONV
 from autosparse_fx.passes.lower_sparse_linear import SPARSE_LINEAR
 
+AUTOTUNE = "autosparse_autotune"  # in the meta of a graph whose programs are to be measured, and not only estimated
 SAVED = "autosparse_saved"  # where the node of a program keeps the cycles that it saves, as estimated
 RUN_PROGRAM = torch.ops.autosparse.run_program.default
 
@@ -34,7 +36,10 @@ class _LayersOfOneBatch(OperatorSupportBase):
 
 
 def fuse_sparse_programs(gm: GraphModule) -> int:
-    """Replace every largest group of sparse layers that can run in one go."""
+    """Replace every largest group of sparse layers that can run in one go.
+
+    Where the graph's ``meta[AUTOTUNE]`` asks for it, the layout of each is measured (see ``kernels/tuning.py``).
+    """
     programs = 0
     for target in (SPARSE_CONV, SPARSE_LINEAR):
         nodes = gm.graph.find_nodes(op="call_function", target=target)
@@ -117,8 +122,10 @@ def _fuse(gm: GraphModule, members: set[Node], *, is_tokens: bool) -> None:
     nodes = [node for node in gm.graph.nodes if node in members]
     writer = _ProgramWriter(nodes, is_tokens=is_tokens)
     kernels = library()
-    images = size_hint(nodes[0].meta["val"].shape[0]) // torch.get_num_threads()
-    laid_out = assemble(writer.steps, writer.buffers, kernels.machine, is_tokens=is_tokens, images=images)
+    batch = size_hint(nodes[0].meta["val"].shape[0])
+    task = Task(writer.steps, writer.buffers, batch, batch // torch.get_num_threads(), is_tokens)
+    layouts = tuned_layouts(task, kernels) if gm.meta.get(AUTOTUNE) else [step.layout for step in task.steps]
+    laid_out = task.assemble(kernels, layouts)
     place = _place(gm, members, writer.inputs)
     program = new_constant(gm, "sparse_program", laid_out.data, place)
     shapes = flatten_shapes([_sizes(node) for node in writer.outputs])

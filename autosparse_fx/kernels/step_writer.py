@@ -95,10 +95,12 @@ class StepWriter:
         self.density = float(step.weight.count_nonzero()) / max(1, step.weight.numel())
         columns = tokens or self.columns * max(1, images)
         narrow = _tile_vectors(columns, machine, machine.most_vectors)
-        by_code = gains(self.density, self.depth, narrow) if step.is_coded is None else step.is_coded
+        layout = step.layout
+        by_code = gains(self.density, self.depth, narrow) if layout.is_coded is None else layout.is_coded
         self.is_coded = machine.runs_code and by_code
-        wide = _tile_vectors(columns, machine, CODE_TILE)
-        self.vectors = step.vectors or (wide if self.is_coded and not (tokens or is_shared) else narrow)
+        widest = CODE_TILE if self.is_coded and not tokens else machine.most_vectors
+        most = min(widest, layout.most_vectors or (machine.most_vectors if is_shared else widest))
+        self.vectors = step.vectors or _tile_vectors(columns, machine, most)
         width = self.width = self.vectors * machine.vector_length
         touched = height if self.mode == "planes" or images else -(-(width + self.pitch - 1) // self.pitch)
         self.planes = _Planes.of(self.window, self.kernel, min(touched, height))
@@ -111,7 +113,7 @@ class StepWriter:
             self.channel_stride = round_up(floats, machine.vector_length)
         else:
             self.channel_stride = width * len(taps)
-        wanted = step.block_channels or self._default_block_channels()
+        wanted = step.block_channels or max(1, round(layout.block_share * self._default_block_channels()))
         if self.mode == "planes":
             wanted = self.group_channels  # sums between blocks are kept for one tile, and this has several
         # As few blocks as that allows, all of about the same size.

@@ -37,6 +37,21 @@ class Window:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Ways to lay out a step, of which the fastest can be found by measuring (see ``tuning.py``).
+
+    Attributes:
+        is_coded: make the pattern of the weight machine code; None is the default.
+        most_vectors: across a tile, at most; 0 is the default.
+        block_share: of the channels that are packed at a time by default.
+    """
+
+    is_coded: bool | None = None
+    most_vectors: int = 0
+    block_share: float = 1.0
+
+
+@dataclass(frozen=True)
 class Step:
     """``target = activation(convolution(source, weight) + bias + residual)``, with numbers of buffers.
 
@@ -46,7 +61,7 @@ class Step:
         clamp: bounds, of the activation "clamp".
         vectors, block_channels: the tile's width and the channels that are packed at a time; 0 is the default.
         mode: how columns are read, one of MODES; "" is the default.
-        is_coded: make the pattern of the weight machine code; None is the default.
+        layout: choices between ways to lay the step out.
     """
 
     source: int
@@ -61,7 +76,7 @@ class Step:
     vectors: int = 0
     block_channels: int = 0
     mode: str = ""
-    is_coded: bool | None = None
+    layout: Layout = Layout()
 
 
 @dataclass(frozen=True)

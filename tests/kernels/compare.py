@@ -13,6 +13,7 @@ from torch import Tensor
 
 from autosparse_fx.kernels.library import library
 from autosparse_fx.kernels.program import Buffer, Machine, Program, Step, Window, assemble
+from autosparse_fx.kernels.steps import Layout
 
 TOLERANCE = 1e-5  # of the largest output
 GUARD = 1027  # floats around what a program may touch; odd, so that nothing is aligned
@@ -100,7 +101,7 @@ class Net:
             elif number in outputs:
                 kind, index = "output", list(outputs).index(number)
             buffers.append(Buffer(kind, channels, 0 if self.is_tokens else size[0] * size[1], index))
-        steps = self.steps if is_coded is None else [replace(step, is_coded=is_coded) for step in self.steps]
+        steps = self.steps if is_coded is None else [replace(step, layout=Layout(is_coded)) for step in self.steps]
         return assemble(steps, buffers, machine(), is_tokens=self.is_tokens, images=images)
 
     def shape(self, number: int, batch: int) -> tuple[int, ...]:

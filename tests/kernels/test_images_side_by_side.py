@@ -7,6 +7,7 @@ import torch
 from kernels.compare import Net, assert_close, machine, poison, random_net, run_guarded, threads
 
 from autosparse_fx.kernels.step_writer import JOINT_COLUMNS, StepWriter
+from autosparse_fx.kernels.steps import Layout
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +116,6 @@ def test_one_image_per_thread_keeps_narrow_tiles() -> None:
 def test_shared_images_have_tiles_to_share() -> None:
     """Machine code likes wide tiles, but an image that threads share needs one for each of them."""
     net = Net()
-    net.layer(net.input(256, 14), 256, is_coded=machine().runs_code)
+    net.layer(net.input(256, 14), 256, layout=Layout(machine().runs_code))
     [step] = net.steps
     assert StepWriter(step, machine(), is_shared=True).width < net.sizes[1][1][0] ** 2

@@ -13,6 +13,7 @@ from kernels.compare import ACTIVATIONS, Net, assert_close, machine, poison, ran
 from torch import Tensor
 
 from autosparse_fx.kernels.program import Buffer, Step, Window, assemble
+from autosparse_fx.kernels.steps import Layout
 
 
 @pytest.fixture(autouse=True)
@@ -179,5 +180,5 @@ def test_zeros_take_no_room() -> None:
     for density, share, coded_share in ((0.2, 0.45, 0.75), (0.1, 0.25, 0.45)):
         weight = sparse(256, 256, 1, 1, density=density)
         for is_coded, most in ((False, share), (True, coded_share)):
-            step = Step(0, 1, weight, torch.zeros(256), window, is_coded=is_coded)
+            step = Step(0, 1, weight, torch.zeros(256), window, layout=Layout(is_coded))
             assert assemble([step], buffers, machine()).data.numel() < most * 4 * 256 * 256
