@@ -336,7 +336,7 @@ def test_a_copy_trains_by_itself() -> None:
 @pytest.mark.parametrize("reset", [True, False])
 def test_nothing_is_left_of_a_model_that_was_dropped(reset: bool) -> None:
     gc.collect()
-    registry = masks._registry
+    registry = masks.registry
     tables = (registry.masks, registry.missed, registry.dense, registry.seen, registry.plans)
     before = [len(table) for table in tables]
     run = start(net(), prepared=False, config=AutoSparse(rules={"2.weight": None}))
@@ -354,15 +354,15 @@ def test_nothing_is_left_of_a_model_that_was_dropped(reset: bool) -> None:
 
 def test_nothing_is_left_under_inductor_either() -> None:
     gc.collect()
-    before = len(masks._registry.masks)
+    before = len(masks.registry.masks)
     run = start(net(), prepared=False)
     run.steps(3)
     alive = weakref.ref(run.model[0].weight)
-    assert len(masks._registry.masks) == before + 2
+    assert len(masks.registry.masks) == before + 2
     del run
     torch._dynamo.reset()
     gc.collect()
-    assert alive() is None and len(masks._registry.masks) == before
+    assert alive() is None and len(masks.registry.masks) == before
 
 
 def test_a_model_that_is_used_once_more_after_its_optimizer_is_gone() -> None:
