@@ -21,6 +21,7 @@ from autosparse_fx.initial import initial_logit
 from autosparse_fx.ops import threshold_mask
 from autosparse_fx.plan import ModuleState, Slot
 from autosparse_fx.reads import masked_once, masking_once, masking_once_outside_graphs
+from autosparse_fx.refusals import describe, guarded_reset, refuse_late_dtensor, refuse_second_owner
 
 MASKED_NAMES = "autosparse_masked"  # in the metadata of a module's state_dict: which of its weights were masked
 MASK_DTYPES = (torch.float32, torch.float64)
@@ -47,7 +48,7 @@ class MaskedModule(nn.Module):
     def __delattr__(self, name: str) -> None:
         if any(slot.name == name for slot in self._autosparse_slots):
             raise RuntimeError(
-                f"{_describe(self, name)} is masked by autosparse_fx and cannot be removed, parametrized, normalised, "
+                f"{describe(self, name)} is masked by autosparse_fx and cannot be removed, parametrized, normalised, "
                 "pruned or flattened (FSDP1): do that before sparsify, or finalize the model first; to shard a "
                 "prepared model use FSDP2 (fully_shard)"
             )
@@ -56,9 +57,9 @@ class MaskedModule(nn.Module):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         for slot in self._autosparse_slots:
             if name == slot.name and dtensors.is_dtensor(param) and not dtensors.is_dtensor(mask_state(self, slot)[1]):
-                _refuse_late_dtensor(self, slot, "cannot become a DTensor after sparsify")
+                refuse_late_dtensor(self, slot, "cannot become a DTensor after sparsify")
             if name in (f"{slot.name}_orig", f"{slot.threshold}_orig"):
-                _refuse_second_owner(self, slot)
+                refuse_second_owner(self, slot)
         super().register_parameter(name, param)
 
     def _replicate_for_data_parallel(self) -> Any:
@@ -72,7 +73,7 @@ class MaskedModule(nn.Module):
         """What ``parallelize_module`` asks first, before it reads weights, and sets at last. 2.11-2.15."""
         for slot in self._autosparse_slots:
             if _compat.is_asked_by_distributed_tensors() and not dtensors.is_dtensor(mask_state(self, slot)[1]):
-                _refuse_late_dtensor(self, slot, "cannot become a DTensor after sparsify")
+                refuse_late_dtensor(self, slot, "cannot become a DTensor after sparsify")
         return bool(self.__dict__.get("_distribute_module_applied", False))
 
     @_distribute_module_applied.setter
@@ -239,15 +240,8 @@ def _is_sharded_by_fsdp(module: MaskedModule, slot: Slot) -> bool:
         return False
     same = dtensors.is_dtensor(offset) and offset.device_mesh == weight.device_mesh
     if not same and not _compat.is_managed_by_fsdp(module):
-        _refuse_late_dtensor(module, slot, "became a DTensor after sparsify, but its threshold did not")
+        refuse_late_dtensor(module, slot, "became a DTensor after sparsify, but its threshold did not")
     return not same
-
-
-def _refuse_late_dtensor(module: MaskedModule, slot: Slot, what: str) -> None:
-    raise RuntimeError(
-        f"{_describe(module, slot.name)} {what}: parallelize the model first (parallelize_module, distribute_module), "
-        "then sparsify it, then fully_shard it"
-    )
 
 
 def _mask(module: MaskedModule, slot: Slot, weight: Tensor) -> Tensor:
@@ -317,44 +311,19 @@ class _MaskedRNN(MaskedModule):
 def _property(slot: Slot) -> property:
     def read(self: MaskedModule) -> Tensor:
         if not torch.compiler.is_compiling() and _compat.is_read_by_weight_norm():
-            _refuse_second_owner(self, slot)
+            refuse_second_owner(self, slot)
         try:
             return masked_weight(self, slot)
         except AttributeError as error:  # nn.Module.__getattr__ would answer with the dense parameter
-            raise RuntimeError(f"autosparse_fx could not mask {_describe(self, slot.name)}: {error}") from error
+            raise RuntimeError(f"autosparse_fx could not mask {describe(self, slot.name)}: {error}") from error
 
     def write(self: MaskedModule, value: object) -> None:
         raise RuntimeError(
-            f"{_describe(self, slot.name)} is masked by autosparse_fx: assign a torch.nn.Parameter, which becomes the "
+            f"{describe(self, slot.name)} is masked by autosparse_fx: assign a torch.nn.Parameter, which becomes the "
             "stored weight, or write inside `with autosparse_fx.dense_weights(model):`"
         )
 
     return property(read, write, doc=f"The masked {slot.name}; the stored one is in parameters().")
-
-
-def _refuse_second_owner(module: MaskedModule, slot: Slot) -> None:
-    raise RuntimeError(
-        f"{_describe(module, slot.name)} is masked by autosparse_fx and cannot be pruned or normalised by "
-        "torch.nn.utils as well: do that before sparsify, or finalize the model first"
-    )
-
-
-def _guarded_reset(method: str) -> Callable[..., None]:
-    def reset(self: MaskedModule, *args: object, **kwargs: object) -> None:
-        if self._autosparse.plan.scope.depth == 0:
-            raise RuntimeError(
-                f"{type(self).__name__}.{method}() would write to masked copies of its weights: call it inside "
-                "`with autosparse_fx.dense_weights(model):`"
-            )
-        # Recurrent layers initialise whatever is in parameters().
-        own = {slot.threshold: self._parameters.pop(slot.threshold) for slot in self._autosparse_slots}
-        try:
-            base: Any = getattr(self._autosparse_base, method)
-            base(self, *args, **kwargs)
-        finally:
-            self._parameters.update(own)
-
-    return reset
 
 
 _classes: dict[tuple[type[nn.Module], tuple[Slot, ...], float], type[MaskedModule]] = {}
@@ -388,7 +357,7 @@ def _make_masked_class(base: type[nn.Module], slots: tuple[Slot, ...], scale: fl
     }
     for reset in ("reset_parameters", "_reset_parameters"):  # the second is that of nn.MultiheadAttention
         if slots and hasattr(base, reset):
-            namespace[reset] = _guarded_reset(reset)
+            namespace[reset] = guarded_reset(reset)
     metaclass: Any = type(base)
     return metaclass(base.__name__, (mixin, base), namespace)  # type: ignore[no-any-return]
 
@@ -396,14 +365,6 @@ def _make_masked_class(base: type[nn.Module], slots: tuple[Slot, ...], scale: fl
 def _new_masked_module(base: type[nn.Module], slots: tuple[Slot, ...], scale: float) -> nn.Module:
     cls = masked_class(base, slots, scale)
     return cls.__new__(cls)
-
-
-def _describe(module: Any, name: str) -> str:
-    state = module.__dict__.get("_autosparse")
-    weight = state.weights.get(name) if state is not None else None
-    parameter = module._parameters.get(name)
-    shape = "" if parameter is None else f" {list(parameter.shape)}"
-    return f"weight '{weight.name if weight is not None else name}'{shape} of {type(module).__name__}"
 
 
 def _is_meta(t: Tensor | None) -> bool:

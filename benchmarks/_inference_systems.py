@@ -40,7 +40,7 @@ class Job:
         return found
 
 
-def _torch_forward(job: Job, *, backend: str, bfloat16: bool = False) -> Forward:
+def _torch_forward(job: Job, *, backend: str, bfloat16: bool = False, mode: str | None = None) -> Forward:
     import torch
 
     from _inference_models import load
@@ -49,7 +49,7 @@ def _torch_forward(job: Job, *, backend: str, bfloat16: bool = False) -> Forward
     torch.set_grad_enabled(False)
     dtype = torch.bfloat16 if bfloat16 else torch.float32
     model, x = load(job.model, Path(job.weights)).to(dtype), torch.from_numpy(job.array()).to(dtype)
-    compiled = torch.compile(model, backend=backend)
+    compiled = torch.compile(model, backend=backend, mode=mode)
 
     def forward() -> np.ndarray:
         y: np.ndarray = compiled(x).float().numpy()
@@ -58,8 +58,8 @@ def _torch_forward(job: Job, *, backend: str, bfloat16: bool = False) -> Forward
     return forward
 
 
-def autosparse(job: Job) -> Forward:
-    return _torch_forward(job, backend="autosparse")
+def autosparse(job: Job, *, mode: str | None = None) -> Forward:
+    return _torch_forward(job, backend="autosparse", mode=mode)
 
 
 def inductor(job: Job, *, bfloat16: bool = False) -> Forward:
@@ -115,6 +115,7 @@ class System:
 
 SYSTEMS = {
     "autosparse": System(autosparse, ("torch", "autosparse-fx"), required=True),
+    "autosparse-tuned": System(lambda job: autosparse(job, mode="max-autotune"), ("torch", "autosparse-fx")),
     "inductor": System(inductor, ("torch",), required=True),
     "inductor-bf16": System(lambda job: inductor(job, bfloat16=True), ("torch",), low_precision=True),
     "onnxruntime": System(onnxruntime, ("onnxruntime",), reads_onnx=True),

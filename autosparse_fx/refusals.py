@@ -1,0 +1,48 @@
+"""What modules with masked weights refuse, by the name of the weight and with the cure."""
+
+from collections.abc import Callable
+from typing import Any
+
+from autosparse_fx.plan import Slot
+
+
+def describe(module: Any, name: str) -> str:
+    """The weight under ``name``: its full name, its shape, and the class of its module."""
+    state = module.__dict__.get("_autosparse")
+    weight = state.weights.get(name) if state is not None else None
+    parameter = module._parameters.get(name)
+    shape = "" if parameter is None else f" {list(parameter.shape)}"
+    return f"weight '{weight.name if weight is not None else name}'{shape} of {type(module).__name__}"
+
+
+def refuse_late_dtensor(module: Any, slot: Slot, what: str) -> None:
+    raise RuntimeError(
+        f"{describe(module, slot.name)} {what}: parallelize the model first (parallelize_module, distribute_module), "
+        "then sparsify it, then fully_shard it"
+    )
+
+
+def refuse_second_owner(module: Any, slot: Slot) -> None:
+    raise RuntimeError(
+        f"{describe(module, slot.name)} is masked by autosparse_fx and cannot be pruned or normalised by "
+        "torch.nn.utils as well: do that before sparsify, or finalize the model first"
+    )
+
+
+def guarded_reset(method: str) -> Callable[..., None]:
+    """What ``reset_parameters`` and its like become: refused where they would write to masked copies."""
+
+    def reset(self: Any, *args: object, **kwargs: object) -> None:
+        if self._autosparse.plan.scope.depth == 0:
+            raise RuntimeError(
+                f"{type(self).__name__}.{method}() would write to masked copies of its weights: call it inside "
+                "`with autosparse_fx.dense_weights(model):`"
+            )
+        # Recurrent layers initialise whatever is in parameters().
+        own = {slot.threshold: self._parameters.pop(slot.threshold) for slot in self._autosparse_slots}
+        try:
+            getattr(self._autosparse_base, method)(self, *args, **kwargs)
+        finally:
+            self._parameters.update(own)
+
+    return reset
