@@ -16,6 +16,7 @@ from autosparse_fx.kernels.library import HOME, KernelLibrary, library
 from autosparse_fx.kernels.machine_code import MOST_ROWS, WEIGHT_BIAS, X_BIAS, group_code
 from autosparse_fx.kernels.program import Buffer, Step, Window, assemble
 from autosparse_fx.kernels.step_writer import StepWriter
+from autosparse_fx.kernels.steps import Layout
 
 needs_code = pytest.mark.skipif(
     not Path("/proc/cpuinfo").exists() or "avx512f" not in Path("/proc/cpuinfo").read_text(), reason="needs AVX-512"
@@ -118,7 +119,7 @@ def test_layers_that_do_not_gain(rows: int, channels: int, density: float, size:
 def coded() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A program, its input, room for its output, and what that should be."""
     weight, x = sparse(256, 256, 1, 1), torch.randn(2, 256, 196)
-    step = Step(0, 1, weight, torch.zeros(256), Window((14, 14), (14, 14)), is_coded=True)
+    step = Step(0, 1, weight, torch.zeros(256), Window((14, 14), (14, 14)), layout=Layout(True))
     buffers = [Buffer("input", 256, 196), Buffer("output", 256, 196)]
     expected = torch.einsum("mc,bcp->bmp", weight[:, :, 0, 0].double(), x.double())
     return assemble([step], buffers, machine()).data, x, torch.empty(2, 256, 196), expected
