@@ -181,7 +181,12 @@ class GradientAnnealing:
             raise ValueError(
                 f"the annealer's state counts {steps!r} steps of {self.total_steps}: save annealer.state_dict()"
             )
-        history = History.from_state(state["history"]) if "history" in state else None
+        try:
+            history = History.from_state(state["history"]) if "history" in state else None
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"the history in the annealer's state is damaged ({error!r}): save annealer.state_dict()"
+            ) from error
         self._count = steps
         if history is not None:
             self.continue_history(history)
