@@ -112,6 +112,7 @@ class GradientAnnealing:
             _annealers[plan] = weakref.ref(self)
         self.continue_history(History())
         optimizer_steps.start()
+        self._optimizer_steps_before = optimizer_steps.count
         if optimizer is not None:
             self._handle = optimizer.register_step_post_hook(self._after_optimizer_step)
         self._versions = self._weight_versions() if optimizer is None else None
@@ -220,7 +221,7 @@ class GradientAnnealing:
         if self._unchecked_steps > 0:
             self._unchecked_steps -= 1
             if self._unchecked_steps == 0:  # by now every optimizer of the loop has stepped
-                warn_of_untrained_parameters(self._model, optimizer_steps.optimizers())
+                warn_of_untrained_parameters(self._model, optimizer_steps.stepped_since(self._optimizer_steps_before))
         for plan in self._plans:
             plan.annealed_steps = self._count
         self._write_alpha()

@@ -22,24 +22,24 @@ MOMENTA = ("momentum_buffer", "exp_avg")  # what the optimizers of torch call it
 
 
 class OptimizerSteps:
-    """Counts the steps of all optimizers of the process, and knows which have stepped, from the first annealer on."""
+    """Counts the steps of all optimizers of the process, and knows when each last stepped, from the first annealer on."""
 
     def __init__(self) -> None:
         self.count = 0
-        self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._last: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         self._handle: Any = None
 
     def start(self) -> None:
         if self._handle is None:
             self._handle = register_optimizer_step_post_hook(self._after_step)
 
-    def optimizers(self) -> list[Optimizer]:
-        return list(self._stepped)
+    def stepped_since(self, count: int) -> list[Optimizer]:
+        return [optimizer for optimizer, last in self._last.items() if last > count]
 
     @torch.compiler.disable
     def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         self.count += 1
-        self._stepped.add(optimizer)
+        self._last[optimizer] = self.count
 
 
 optimizer_steps = OptimizerSteps()

@@ -339,6 +339,19 @@ def test_stepping_before_the_optimizer_warns_once() -> None:
     assert caught[0].filename == __file__
 
 
+def test_an_optimizer_of_another_model_is_not_taken_for_this_ones() -> None:
+    other = sparse_mlp()
+    optimizer = sgd(other)
+    annealer = GradientAnnealing(other, 10)
+    one_step(other, optimizer)
+    annealer.step()
+    later = GradientAnnealing(sparse_mlp(), 10)
+    with pytest.warns(UserWarning, match="no weight has changed") as caught:
+        later.step()
+        later.step()
+    assert len(caught) == 1
+
+
 def test_stepping_in_order_does_not_warn() -> None:
     model = sparse_mlp()
     optimizer = sgd(model)
