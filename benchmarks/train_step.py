@@ -31,6 +31,7 @@ from torch._inductor.utils import fresh_cache
 
 import autosparse_fx
 from _step_models import BATCHES, build, parametrized, pquant
+from _step_profile import print_profiles, profiled
 from autosparse_fx import AutoSparse
 from autosparse_fx.annealing import MAX_STEPS_BETWEEN_SHIFTS
 
@@ -166,6 +167,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.channels_last:
         model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
     chosen = {name: v for name, v in variants(args.mode).items() if not args.variant or name in args.variant}
+    torch._inductor.config.cpp.enable_kernel_profile = args.profile
     with fresh_cache():  # what Inductor does once per process
         torch.compile(nn.Linear(2, 2).to(device))(torch.randn(2, 2, device=device)).sum().backward()
     made: dict[str, Trained] = {}
@@ -193,6 +195,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         if against in seconds:
             ratios = [own / other for own, other in zip(seconds[name], seconds[against], strict=True)]
             found[name] |= {"against": against, "step_ratio": statistics.median(ratios), "ratios": ratios}
+        if args.profile:
+            found[name]["profile"] = profiled(trained.step)
     return {
         "model": args.model,
         "batch_size": args.batch_size,
@@ -235,6 +239,8 @@ def print_table(results: dict[str, Any]) -> None:
     for name, found in results["variants"].items():
         if "steering_share" in found:
             print(f"\n{name}: steering adds {found['steering_share']:.2%} of a step")
+    if profiles := {name: found["profile"] for name, found in results["variants"].items() if "profile" in found}:
+        print_profiles(profiles)
 
 
 def main() -> None:
@@ -248,6 +254,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="of every variant in turn (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=1, help="per variant and round (default: %(default)s)")
     parser.add_argument("--warm", action="store_true", help="measure compiling with full caches as well")
+    parser.add_argument("--profile", action="store_true", help="say where the time of a step goes (CPU)")
     parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the JSON (default: %(default)s)")
     parser.add_argument("--table", action="store_true", help="print the tables of the stored results, measure nothing")
