@@ -293,12 +293,13 @@ def graph_break_reasons() -> Iterator[list[str]]:
         reasons.extend(reason.strip().splitlines()[0] for reason in new if reason.strip())
 
 
-def is_read_by_weight_norm() -> bool:
-    """Whether the old ``torch.nn.utils.weight_norm`` asks for a weight, which it then deletes. 2.11-2.15.
+def reader() -> str | None:
+    """Who reads a weight, to be asked in its property: one that must not get a masked copy, or None. 2.11-2.15.
 
-    To be asked in a property: refusing later, when it registers parameters of its own, would be too late.
+    The old ``torch.nn.utils.weight_norm`` deletes the weight then: refusing later, when it registers parameters of its
+    own, would be too late. ``get_parameter`` is for the parameter itself.
     """
-    return sys._getframe(2).f_code is _weight_norm_code()
+    return _readers().get(id(sys._getframe(2).f_code))
 
 
 def is_asked_by_distributed_tensors() -> bool:
@@ -307,10 +308,14 @@ def is_asked_by_distributed_tensors() -> bool:
 
 
 @functools.cache
-def _weight_norm_code() -> Any:
+def _readers() -> dict[int, str]:
     from torch.nn.utils.weight_norm import WeightNorm
 
-    return inspect.unwrap(WeightNorm.apply).__code__
+    codes = {
+        "weight_norm": inspect.unwrap(WeightNorm.apply).__code__,
+        "get_parameter": nn.Module.get_parameter.__code__,
+    }
+    return {id(code): name for name, code in codes.items()}
 
 
 def saved_tensor_hooks() -> tuple[Any, ...] | None:

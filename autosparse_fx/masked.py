@@ -14,14 +14,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from autosparse_fx import _compat, dtensors
 from autosparse_fx.initial import initial_logit
+from autosparse_fx.moved import is_meta, moved
 from autosparse_fx.ops import threshold_mask
 from autosparse_fx.plan import ModuleState, Slot
 from autosparse_fx.reads import masked_once, masking_once, masking_once_outside_graphs
-from autosparse_fx.refusals import describe, guarded_reset, refuse_late_dtensor, refuse_second_owner
+from autosparse_fx.refusals import (
+    describe,
+    guarded_reset,
+    refuse_assignment,
+    refuse_late_dtensor,
+    refuse_lookup,
+    refuse_second_owner,
+)
 
 MASKED_NAMES = "autosparse_masked"  # in the metadata of a module's state_dict: which of its weights were masked
 MASK_DTYPES = (torch.float32, torch.float64)
@@ -54,6 +61,21 @@ class MaskedModule(nn.Module):
             )
         super().__delattr__(name)
 
+    def __setattr__(self, name: str, value: object) -> None:
+        if not self._assigns_dtensor(name, value):
+            super().__setattr__(name, value)  # type: ignore[arg-type]
+
+    def _assigns_dtensor(self, name: str, value: object) -> bool:
+        """Refuse what no masked weight can become; what FSDP2 assigns goes the short way that it takes elsewhere."""
+        if name not in self._parameters or all(slot.name != name for slot in self._autosparse_slots):
+            return False
+        if dtensors.is_dtensor(value):
+            self._parameters[name] = value  # type: ignore[assignment]
+            return True
+        if value is not None and not isinstance(value, nn.Parameter) and self._autosparse.plan.scope.depth == 0:
+            refuse_assignment(self, name, value)
+        return False
+
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         for slot in self._autosparse_slots:
             if name == slot.name and dtensors.is_dtensor(param) and not dtensors.is_dtensor(mask_state(self, slot)[1]):
@@ -83,14 +105,14 @@ class MaskedModule(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move thresholds, offsets and alpha along, but keep them in float32 and shared where they were shared."""
         held = {id(t) for t in _own_state(self)}
-        was_meta = [slot for slot in self._autosparse_slots if _is_meta(self._parameters.get(slot.threshold))]
+        was_meta = [slot for slot in self._autosparse_slots if is_meta(self._parameters.get(slot.threshold))]
 
         def keep_float32(t: Tensor) -> Tensor:
-            return _moved(t, fn(t)) if id(t) in held else fn(t)
+            return moved(t, fn(t)) if id(t) in held else fn(t)
 
         super()._apply(keep_float32, recurse)
         for slot in was_meta:
-            if not _is_meta(self._parameters[slot.threshold]):
+            if not is_meta(self._parameters[slot.threshold]):
                 reset_mask(self, slot)
                 alpha_of(self).fill_(self._autosparse.plan.config.alpha)
                 weight = self._autosparse.weights[slot.name]
@@ -109,7 +131,7 @@ class MaskedModule(nn.Module):
                 self._buffers[slot.offset] = torch.zeros_like(offset, device=weight.device)
             if alpha.is_meta:
                 value = self._autosparse.plan.config.alpha
-                self._buffers[ALPHA] = _moved(alpha, torch.full_like(alpha, value, device=weight.device))
+                self._buffers[ALPHA] = moved(alpha, torch.full_like(alpha, value, device=weight.device))
 
     def _keep_float32(self) -> None:
         """Undo what loading a state of lower precision with ``assign=True`` does to thresholds and offsets."""
@@ -296,10 +318,8 @@ class _MaskedRNN(MaskedModule):
         pass  # derived from the parameters at every read
 
     def __setattr__(self, name: str, value: object) -> None:
-        if dtensors.is_dtensor(value) and name in self._parameters:
-            self._parameters[name] = value  # type: ignore[assignment]  # so does FSDP2 with modules that do not set
-            return
-        nn.Module.__setattr__(self, name, value)  # type: ignore[arg-type]  # not RNNBase's, which updates the list
+        if not self._assigns_dtensor(name, value):
+            nn.Module.__setattr__(self, name, value)  # type: ignore[arg-type]  # not RNNBase's: it updates the list
 
     def _weights_have_changed(self) -> bool:
         return False
@@ -310,18 +330,19 @@ class _MaskedRNN(MaskedModule):
 
 def _property(slot: Slot) -> property:
     def read(self: MaskedModule) -> Tensor:
-        if not torch.compiler.is_compiling() and _compat.is_read_by_weight_norm():
+        reader = None if torch.compiler.is_compiling() else _compat.reader()
+        if reader == "weight_norm":
             refuse_second_owner(self, slot)
         try:
-            return masked_weight(self, slot)
+            read = masked_weight(self, slot)
         except AttributeError as error:  # nn.Module.__getattr__ would answer with the dense parameter
             raise RuntimeError(f"autosparse_fx could not mask {describe(self, slot.name)}: {error}") from error
+        if reader == "get_parameter" and read is not self._parameters[slot.name]:
+            refuse_lookup(self, slot)
+        return read
 
     def write(self: MaskedModule, value: object) -> None:
-        raise RuntimeError(
-            f"{describe(self, slot.name)} is masked by autosparse_fx: assign a torch.nn.Parameter, which becomes the "
-            "stored weight, or write inside `with autosparse_fx.dense_weights(model):`"
-        )
+        refuse_assignment(self, slot.name, value)
 
     return property(read, write, doc=f"The masked {slot.name}; the stored one is in parameters().")
 
@@ -365,27 +386,3 @@ def _make_masked_class(base: type[nn.Module], slots: tuple[Slot, ...], scale: fl
 def _new_masked_module(base: type[nn.Module], slots: tuple[Slot, ...], scale: float) -> nn.Module:
     cls = masked_class(base, slots, scale)
     return cls.__new__(cls)
-
-
-def _is_meta(t: Tensor | None) -> bool:
-    return t is not None and t.is_meta
-
-
-# Where thresholds' state was moved to: tensors that were shared before `.to()`, which handles each module's buffers by
-# themselves, are shared after it too.
-_new_home = WeakTensorKeyDictionary()
-
-
-def _moved(t: Tensor, out: Tensor) -> Tensor:
-    if t.dim() == 0 and not t.is_meta:  # alpha: not in the state_dict, so to_empty must not lose it
-        out = t.to(device=out.device)
-    elif out.dtype.itemsize < 4:
-        out = t.to(device=out.device, dtype=torch.float32)
-    if out is t or isinstance(t, nn.Parameter):
-        return out
-    home = _new_home.get(t)
-    there: Tensor | None = home() if home is not None else None
-    if there is not None and there.device == out.device and there.dtype == out.dtype:
-        return there
-    _new_home[t] = _compat.weak_tensor_ref(out)
-    return out
