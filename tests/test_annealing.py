@@ -579,3 +579,92 @@ def test_a_model_that_is_finalized_before_the_end_trains_on(target: float | None
     recorded = len(annealer.history)
     reference.train(model, optimizer, reference.classification_batches(8))
     assert len(annealer.history) == recorded > 0
+
+
+# step() by hand, where nothing was stepped
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_by_hand_after_one_that_the_gradient_scaler_skipped_does_not_count(fused: bool) -> None:
+    """As with the optimizer's hook; a fused optimizer on the CPU is skipped by the scaler too, or counts by itself."""
+    by_hook, by_hand = sparse_mlp(decay="linear", alpha=1.0), sparse_mlp(decay="linear", alpha=1.0)
+    by_hand.load_state_dict(by_hook.state_dict())
+    counted: list[list[tuple[int, float]]] = []
+    for model in (by_hook, by_hand):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, fused=fused)
+        annealer = GradientAnnealing(model, 10, optimizer if model is by_hook else None)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+        counted.append([])
+        for overflow in (False, True, True, False, True, False):
+            optimizer.zero_grad()
+            ((x, y),) = reference.classification_batches(1)
+            scaler.scale(F.cross_entropy(model(x), y)).backward()
+            if overflow:
+                model[0]._parameters["weight"].grad[0, 0] = math.inf
+            scaler.step(optimizer)
+            scaler.update()
+            if model is by_hand:
+                annealer.step()
+            counted[-1].append((annealer.steps, alpha_of(model)))
+    assert counted[0] == counted[1]
+    if not fused:
+        assert [steps for steps, _ in counted[1]] == [1, 1, 1, 2, 2, 3]
+
+
+def test_first_steps_that_the_gradient_scaler_skips_do_not_count_either() -> None:
+    model = sparse_mlp()
+    annealer = GradientAnnealing(model, 100)
+    with pytest.warns(UserWarning, match=r"does not count \(which is right where GradScaler skipped"):
+        for _ in range(15):
+            annealer.step()
+    assert annealer.steps == 0
+    one_step(model, sgd(model))
+    annealer.step()
+    assert annealer.steps == 1
+
+
+def test_step_by_hand_at_every_batch_of_gradient_accumulation_counts_the_optimizers_steps() -> None:
+    model = sparse_mlp()
+    optimizer = sgd(model)
+    annealer = GradientAnnealing(model, 10)
+    one_step(model, optimizer)
+    annealer.step()
+    for _ in range(3):
+        for _ in range(3):
+            backward(model)
+            annealer.step()
+        optimizer.step()
+        annealer.step()
+    assert annealer.steps == 4
+
+
+@pytest.mark.parametrize("seen_before", [False, True])
+@pytest.mark.filterwarnings("ignore:.*no weight has changed:UserWarning")
+def test_an_optimizer_that_torch_does_not_see_counts_after_a_while_and_all_of_it(seen_before: bool) -> None:
+    """One that is no torch.optim.Optimizer, and writes through .data."""
+    model = sparse_mlp(target_sparsity=None)
+    annealer = GradientAnnealing(model, 100)
+    if seen_before:
+        model.load_state_dict(model.state_dict())
+    for step in range(1, 61):
+        backward(model)
+        for parameter in model.parameters():
+            parameter.data.sub_(parameter.grad, alpha=0.01)
+            parameter.grad = None
+        annealer.step()
+        held = 21 if seen_before else 20  # what loading wrote passes for the first step
+        assert annealer.steps == (step if step > held else seen_before)
+    assert alpha_of(model) == float32(annealer.alpha) < 0.75
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+def test_step_by_hand_counts_when_the_optimizer_step_is_compiled() -> None:
+    model = sparse_mlp()
+    optimizer = sgd(model)
+    step = torch.compile(optimizer.step, backend="eager")
+    annealer = GradientAnnealing(model, 10)
+    for _ in range(3):
+        backward(model)
+        step()
+        annealer.step()
+    assert annealer.steps == 3
