@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autosparse_fx import _compat, dtensors
+from autosparse_fx import dtensors
+from autosparse_fx._compat import eager
 from autosparse_fx.initial import initial_logit
 from autosparse_fx.moved import is_meta, moved
 from autosparse_fx.ops import threshold_mask
@@ -94,7 +95,7 @@ class MaskedModule(nn.Module):
     def _distribute_module_applied(self) -> bool:
         """What ``parallelize_module`` asks first, before it reads weights, and sets at last. 2.11-2.15."""
         for slot in self._autosparse_slots:
-            if _compat.is_asked_by_distributed_tensors() and not dtensors.is_dtensor(mask_state(self, slot)[1]):
+            if eager.is_asked_by_distributed_tensors() and not dtensors.is_dtensor(mask_state(self, slot)[1]):
                 refuse_late_dtensor(self, slot, "cannot become a DTensor after sparsify")
         return bool(self.__dict__.get("_distribute_module_applied", False))
 
@@ -261,14 +262,14 @@ def _is_sharded_by_fsdp(module: MaskedModule, slot: Slot) -> bool:
     if not dtensors.is_dtensor(weight):
         return False
     same = dtensors.is_dtensor(offset) and offset.device_mesh == weight.device_mesh
-    if not same and not _compat.is_managed_by_fsdp(module):
+    if not same and not eager.is_managed_by_fsdp(module):
         refuse_late_dtensor(module, slot, "became a DTensor after sparsify, but its threshold did not")
     return not same
 
 
 def _mask(module: MaskedModule, slot: Slot, weight: Tensor) -> Tensor:
     masked = threshold_mask(weight, logit(module, slot), alpha_of(module))
-    if weight.requires_grad and not masked.requires_grad and not _compat.functorch_is_active():
+    if weight.requires_grad and not masked.requires_grad and not eager.functorch_is_active():
         # As the parameter does without gradients too: torch chooses kernels by it. A view, because autocast would take
         # anything else for a parameter, and keep its cast as long as the context lasts.
         masked = masked.requires_grad_().view_as(masked)
@@ -330,16 +331,15 @@ class _MaskedRNN(MaskedModule):
 
 def _property(slot: Slot) -> property:
     def read(self: MaskedModule) -> Tensor:
-        reader = None if torch.compiler.is_compiling() else _compat.reader()
+        reader = None if torch.compiler.is_compiling() else eager.reader()
         if reader == "weight_norm":
             refuse_second_owner(self, slot)
         try:
-            read = masked_weight(self, slot)
+            if reader == "get_parameter" and masked_weight(self, slot) is not self._parameters[slot.name]:
+                refuse_lookup(self, slot)
+            return masked_weight(self, slot)  # not by way of a variable: Dynamo would call the node by its name
         except AttributeError as error:  # nn.Module.__getattr__ would answer with the dense parameter
             raise RuntimeError(f"autosparse_fx could not mask {describe(self, slot.name)}: {error}") from error
-        if reader == "get_parameter" and read is not self._parameters[slot.name]:
-            refuse_lookup(self, slot)
-        return read
 
     def write(self: MaskedModule, value: object) -> None:
         refuse_assignment(self, slot.name, value)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from autosparse_fx import _compat
+from autosparse_fx._compat import eager
 
 
 def is_meta(t: Tensor | None) -> bool:
@@ -27,5 +27,5 @@ def moved(t: Tensor, out: Tensor) -> Tensor:
     there: Tensor | None = home() if home is not None else None
     if there is not None and there.device == out.device and there.dtype == out.dtype:
         return there
-    _new_home[t] = _compat.weak_tensor_ref(out)
+    _new_home[t] = eager.weak_tensor_ref(out)
     return out
