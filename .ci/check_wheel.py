@@ -8,7 +8,6 @@ The wheel is installed by itself into a new environment, which sees the packages
 import argparse
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import zipfile
 from pathlib import Path
@@ -72,7 +71,7 @@ def check_installed(wheel: Path, scratch: Path) -> None:
     python = next(path for path in (scratch / "env").glob("*/python*") if path.stem == "python")
     run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", wheel)
     (site,) = (scratch / "env").rglob("site-packages")
-    (site / "outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (site / "outer.pth").write_text("".join(f"{path}\n" for path in sys.path if path.endswith("-packages")))
     run(python, "-c", SMOKE, cwd=scratch)
 
 
