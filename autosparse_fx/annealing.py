@@ -27,6 +27,7 @@ from autosparse_fx.steering import SteeredWeight, explain_failure, scheduled_spa
 __all__ = ["GradientAnnealing"]
 
 MAX_STEPS_BETWEEN_SHIFTS = 20
+MAX_HELD_CALLS = 20  # of step() in a row that may have come after no optimizer step: GradScaler seldom skips as many
 
 _annealers: "weakref.WeakKeyDictionary[Plan, weakref.ref[GradientAnnealing]]" = weakref.WeakKeyDictionary()
 
@@ -44,7 +45,7 @@ class GradientAnnealing:
         optimizer: with it the annealer counts the optimizer's steps by itself, for as long as the optimizer lives: a
             step that ``GradScaler`` skips does not count, nor do the batches of gradient accumulation. (A fused
             optimizer, ``fused=True``, that ``GradScaler`` lets skip on the device does count.) Without it, call
-            :meth:`step` after every ``optimizer.step()``.
+            :meth:`step` after every ``optimizer.step()`` or ``scaler.step(optimizer)``.
         clear_momentum: after each step of ``optimizer``, set its momentum (``momentum_buffer``, ``exp_avg``) to zero
             where weights are masked. Without it, momentum carries a masked weight on for a while after its gradient
             has been scaled down by alpha, or to nothing; with it, a masked weight moves by the gradient of the step.
@@ -97,6 +98,8 @@ class GradientAnnealing:
         self._count = 0
         self._warned_of_end = False
         self._warned_of_order = False
+        self._held_calls = 0
+        self._sees_steps: bool | None = None  # unknown until the first that it sees, or should have seen
         self._checks: list[_DeferredCheck] = []
         self._handle: Any = None
         self._clears_momentum = clear_momentum
@@ -138,19 +141,36 @@ class GradientAnnealing:
         return scheduled_sparsity(self._config.target_sparsity, self._config.ramp_end, self._count / self.total_steps)
 
     def step(self) -> None:
-        """Count one optimizer step; call it after ``optimizer.step()`` where no optimizer was given."""
+        """Count one optimizer step; call it after ``optimizer.step()`` where no optimizer was given.
+
+        A call after a step that ``GradScaler`` skipped does not count: since the call before it no optimizer has
+        stepped, and no masked weight was written to. (A step of any optimizer of torch counts, though: with several,
+        and one of them skipped, give the annealer its own.) An optimizer that is none of torch's and writes through
+        ``.data`` is not seen, so when more calls in a row follow no step than ``GradScaler`` would skip (20, or half
+        of a short training), they do count, all of them.
+        """
         if self._handle is not None:
             raise RuntimeError("this annealer counts its optimizer's steps by itself: do not call step()")
         versions = self._weight_versions()
-        if versions == self._versions and not self._warned_of_order:
+        if versions != self._versions:
+            self._versions = versions
+            self._held_calls, self._sees_steps = 0, True
+            self._advance()
+            return
+        if self._sees_steps is None and not self._warned_of_order:
             self._warned_of_order = True
             warnings.warn(
                 "GradientAnnealing.step() was called although no weight has changed since the last call: call it "
-                "after optimizer.step()",
+                "after optimizer.step(). It does not count (which is right where GradScaler skipped that step)",
                 stacklevel=2,
             )
-        self._versions = versions
-        self._advance()
+        self._held_calls += 1
+        if self._held_calls > min(MAX_HELD_CALLS, self.total_steps // 2):
+            self._sees_steps = False
+        if self._sees_steps is False:
+            for _ in range(self._held_calls):
+                self._advance()
+            self._held_calls = 0
 
     def detach(self) -> None:
         """Stop counting the optimizer's steps. A new annealer for the same model does this to the one before it."""

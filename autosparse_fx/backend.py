@@ -11,8 +11,8 @@ import torch
 from torch.fx import GraphModule
 
 import autosparse_fx.ops  # noqa: F401  (the operators must exist before a graph that holds them is loaded)
-from autosparse_fx import _compat
-from autosparse_fx._compat import placeholder_parameter
+from autosparse_fx._compat import dynamo, dynamo_graphs, inductor
+from autosparse_fx._compat.dynamo_graphs import placeholder_parameter
 from autosparse_fx.hidden.graph import MaskedCall, mark_weights
 from autosparse_fx.hidden.masks import Request, hidden_mask
 from autosparse_fx.hidden.registration import undone_on_error
@@ -56,7 +56,7 @@ def autosparse(
     """
     parsed = parse_options(mode, options)
     _refuse_unprepared_training(gm, parsed.request)
-    graph = _compat.copy_dynamo_graph(gm)
+    graph = dynamo_graphs.copy_dynamo_graph(gm)
     with undone_on_error():
         mark_weights(graph, parsed.request)
         run_passes(graph, DYNAMO_PASSES, "dynamo")
@@ -66,7 +66,9 @@ def autosparse(
                 return frozen
         call = MaskedCall(graph, parsed.request)
         inputs = [*example_inputs, *call.example_state(example_inputs)]
-        compiled = _compat.compile_with_inductor(graph, inputs, parsed.inductor, recompute_masks=parsed.recompute_masks)
+        compiled = inductor.compile_with_inductor(
+            graph, inputs, parsed.inductor, recompute_masks=parsed.recompute_masks
+        )
     return call.bind(compiled)
 
 
@@ -102,6 +104,6 @@ def _all_nodes(gm: GraphModule) -> list[torch.fx.Node]:
 
 
 # Not a decorator: with an entry point of the same name it would register the name twice on first use.
-_compat.register_backend_once("autosparse", autosparse)
+dynamo.register_backend_once("autosparse", autosparse)
 # Here, and not where a graph is compiled with options: Dynamo may capture no graph of a model at all.
 hook_optimizers()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from autosparse_fx import _compat
+from autosparse_fx._compat import dynamo, dynamo_graphs, eager
 from autosparse_fx.hidden.graph import mark_weights
 from autosparse_fx.passes import DYNAMO_PASSES
 from autosparse_fx.passes.find_weights import find_weights
@@ -54,16 +54,18 @@ def capture(
     Raises:
         ValueError: if the model cannot be run on the inputs, or a dynamic dimension cannot stay a symbol.
     """
-    model = _compat.without_wrapper(model)
+    model = eager.without_wrapper(model)
     found = Capture()
     tensors = {id(t): name for name, t in [*model.named_buffers(), *model.named_parameters()]}
     inputs, symbols = _mark_dynamic(example_inputs, dynamic_shapes)
     fixed_sizes: list[str] = []
 
     def backend(gm: GraphModule, _: list[Any]) -> Callable[..., Any]:
-        captured = CapturedGraph(_compat.copy_dynamo_graph(gm), _rewritten(gm))
+        captured = CapturedGraph(dynamo_graphs.copy_dynamo_graph(gm), _rewritten(gm))
         found.graphs.append(captured)
-        sources = {n.name: _compat.placeholder_tensor(n) for n in gm.graph.nodes if n.op in ("placeholder", "get_attr")}
+        sources = {
+            n.name: dynamo_graphs.placeholder_tensor(n) for n in gm.graph.nodes if n.op in ("placeholder", "get_attr")
+        }
         held = {name: tensors[id(t)] for name, t in sources.items() if id(t) in tensors}
         placeholders = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
         for node in captured.gm.graph.nodes:
@@ -72,7 +74,7 @@ def capture(
                 size = node.meta["example_value"].shape[dimension]
                 found.sizes[name] = tensor.shape[dimension]  # type: ignore[union-attr]
                 symbolic = isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol)
-                if symbolic and not _compat.is_fixed(size, found.sizes[name]):
+                if symbolic and not dynamo_graphs.is_fixed(size, found.sizes[name]):
                     found.names[size.node.expr] = name
                 else:
                     fixed_sizes.append(f"{name!r} (dimension {dimension}, {found.sizes[name]})")
@@ -87,7 +89,7 @@ def capture(
 
         return call
 
-    with _compat.graph_break_reasons() as reasons, torch.inference_mode(False), torch.enable_grad():
+    with dynamo.graph_break_reasons() as reasons, torch.inference_mode(False), torch.enable_grad():
         run_captured(model, inputs, backend, layers=True)
     found.breaks = reasons
     if fixed_sizes:
@@ -114,8 +116,8 @@ def multiplied_parameters(
     used: dict[int, int] = {}
 
     def backend(gm: GraphModule, _: list[Any]) -> Callable[..., Any]:
-        for node, axis in find_weights(gm, lambda n: _compat.placeholder_parameter(n) is not None).items():
-            used.setdefault(id(_compat.placeholder_parameter(node)), axis)
+        for node, axis in find_weights(gm, lambda n: dynamo_graphs.placeholder_parameter(n) is not None).items():
+            used.setdefault(id(dynamo_graphs.placeholder_parameter(node)), axis)
         return gm.forward
 
     with torch.no_grad():
@@ -125,7 +127,7 @@ def multiplied_parameters(
 
 def _rewritten(gm: GraphModule) -> GraphModule:
     """What the backend makes of a graph of this model, before Inductor gets it."""
-    graph = _compat.copy_dynamo_graph(gm)
+    graph = dynamo_graphs.copy_dynamo_graph(gm)
     mark_weights(graph, None)
     for graph_pass in DYNAMO_PASSES:
         graph_pass(graph)
@@ -138,13 +140,13 @@ def run_captured(model: nn.Module, example_inputs: Any, backend: Callable[..., A
     With ``layers`` also those are captured that Dynamo would leave to eager mode where code between graphs calls them.
     """
     args, kwargs = _as_call(example_inputs)
-    with _restored(model), _compat.capturing_everything(), warnings.catch_warnings():
+    with _restored(model), dynamo.capturing_everything(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is to be said of the model is said where it is used
         for module in model.modules() if layers else ():
             if not module._modules and type(module).__module__.startswith(("torch.nn.", "autosparse_fx.")):
-                module._compiled_call_impl = _compat.compile_apart(_calling(module._call_impl), backend)
+                module._compiled_call_impl = dynamo.compile_apart(_calling(module._call_impl), backend)
         try:
-            _compat.compile_apart(_calling(model), backend)(*args, **kwargs)
+            dynamo.compile_apart(_calling(model), backend)(*args, **kwargs)
         except Exception as error:
             first = str(error).strip().partition("\n\n")[0]
             raise ValueError(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from autosparse_fx import _compat
+from autosparse_fx._compat import aot_autograd, dynamo_graphs, inductor
 from autosparse_fx.kernels.choice import CHOICE, PROGRAM, lacking
 from autosparse_fx.passes import INFERENCE_PASSES
 from autosparse_fx.passes.constants import with_constants
@@ -34,11 +34,11 @@ def compile_for_inference(gm: GraphModule, patches: dict[str, Any]) -> Callable[
     state = module_state(gm)
     if not any(_may_run_sparse(tensor) for tensor in state.values()):
         return None
-    graph = _compat.inference_graph(gm)
+    graph = aot_autograd.inference_graph(gm)
     if graph is None:
         log.info("no sparse kernels: the graph writes to its inputs")
         return None
-    frozen = FrozenGraph(graph, list(state), _compat.graph_inputs(gm), patches)
+    frozen = FrozenGraph(graph, list(state), dynamo_graphs.graph_inputs(gm), patches)
     return frozen if frozen.compile_for(list(state.values())) else None
 
 
@@ -61,7 +61,7 @@ def module_state(gm: GraphModule) -> dict[int, Tensor]:
     return {
         number: tensor
         for number, node in enumerate(placeholders)
-        if _compat.is_module_state(node) and (tensor := _compat.placeholder_tensor(node)) is not None
+        if dynamo_graphs.is_module_state(node) and (tensor := dynamo_graphs.placeholder_tensor(node)) is not None
     }
 
 
@@ -153,7 +153,7 @@ class FrozenGraph:
             return False
         inputs = [self._example_inputs[number] for number in self._rest]
         patches = {"freezing": True, "layout_optimization": False, **self._patches}
-        function = _compat.compile_with_inductor(graph, inputs, patches)
+        function = inductor.compile_with_inductor(graph, inputs, patches)
         self._keep(tensors, _Compiled(tensors, function, self._rest, versions=versions, rewrites=rewrites))
         return True
 
@@ -174,14 +174,14 @@ class FrozenGraph:
     def _adapt_to(self, tensors: Sequence[Tensor]) -> None:
         """Compile for weights that are new, or were written to; in the end, for weights that keep changing."""
         rewrites = next((c.rewrites + 1 for c in self._compiled if c.is_for(tensors)), 0)
-        with torch.no_grad(), _compat.tracing_again(self._example_inputs):
+        with torch.no_grad(), aot_autograd.tracing_again(self._example_inputs):
             if rewrites > MOST_REWRITES:
                 log.warning("weights were written to between calls %d times: no sparse kernels any more", MOST_REWRITES)
             elif self.compile_for(tensors, rewrites):
                 return
             if self._dense is None:
-                graph = _compat.copy_graph_module(self._graph)
-                self._dense = _compat.compile_with_inductor(graph, self._example_inputs, self._patches)
+                graph = dynamo_graphs.copy_graph_module(self._graph)
+                self._dense = inductor.compile_with_inductor(graph, self._example_inputs, self._patches)
         arguments = range(len(self._example_inputs))
         self._keep(tensors, _Compiled(tensors, self._dense, arguments, versions=None, rewrites=rewrites))
 

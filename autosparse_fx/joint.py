@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-# Here and not in _compat.py, which is imported with the package: this loads Inductor. 2.11-2.15.
+# Here and not in _compat, which is imported with the package: this loads Inductor. 2.11-2.15.
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from autosparse_fx import ops
-from autosparse_fx._compat import inductor_lowerings, register_inductor_lowering, tag_compile_caches
+from autosparse_fx._compat.inductor import inductor_lowerings, register_inductor_lowering, tag_compile_caches
 from autosparse_fx.ops import broadcast_dims
 
 aten = torch.ops.aten

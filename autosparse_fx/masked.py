@@ -14,14 +14,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from autosparse_fx import _compat, dtensors
+from autosparse_fx import dtensors
+from autosparse_fx._compat import eager
 from autosparse_fx.initial import initial_logit
+from autosparse_fx.moved import is_meta, moved
 from autosparse_fx.ops import threshold_mask
 from autosparse_fx.plan import ModuleState, Slot
 from autosparse_fx.reads import masked_once, masking_once, masking_once_outside_graphs
-from autosparse_fx.refusals import describe, guarded_reset, refuse_late_dtensor, refuse_second_owner
+from autosparse_fx.refusals import (
+    describe,
+    guarded_reset,
+    refuse_assignment,
+    refuse_late_dtensor,
+    refuse_lookup,
+    refuse_second_owner,
+)
 
 MASKED_NAMES = "autosparse_masked"  # in the metadata of a module's state_dict: which of its weights were masked
 MASK_DTYPES = (torch.float32, torch.float64)
@@ -54,6 +62,21 @@ class MaskedModule(nn.Module):
             )
         super().__delattr__(name)
 
+    def __setattr__(self, name: str, value: object) -> None:
+        if not self._assigns_dtensor(name, value):
+            super().__setattr__(name, value)  # type: ignore[arg-type]
+
+    def _assigns_dtensor(self, name: str, value: object) -> bool:
+        """Refuse what no masked weight can become; what FSDP2 assigns goes the short way that it takes elsewhere."""
+        if name not in self._parameters or all(slot.name != name for slot in self._autosparse_slots):
+            return False
+        if dtensors.is_dtensor(value):
+            self._parameters[name] = value  # type: ignore[assignment]
+            return True
+        if value is not None and not isinstance(value, nn.Parameter) and self._autosparse.plan.scope.depth == 0:
+            refuse_assignment(self, name, value)
+        return False
+
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         for slot in self._autosparse_slots:
             if name == slot.name and dtensors.is_dtensor(param) and not dtensors.is_dtensor(mask_state(self, slot)[1]):
@@ -72,7 +95,7 @@ class MaskedModule(nn.Module):
     def _distribute_module_applied(self) -> bool:
         """What ``parallelize_module`` asks first, before it reads weights, and sets at last. 2.11-2.15."""
         for slot in self._autosparse_slots:
-            if _compat.is_asked_by_distributed_tensors() and not dtensors.is_dtensor(mask_state(self, slot)[1]):
+            if eager.is_asked_by_distributed_tensors() and not dtensors.is_dtensor(mask_state(self, slot)[1]):
                 refuse_late_dtensor(self, slot, "cannot become a DTensor after sparsify")
         return bool(self.__dict__.get("_distribute_module_applied", False))
 
@@ -83,14 +106,14 @@ class MaskedModule(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move thresholds, offsets and alpha along, but keep them in float32 and shared where they were shared."""
         held = {id(t) for t in _own_state(self)}
-        was_meta = [slot for slot in self._autosparse_slots if _is_meta(self._parameters.get(slot.threshold))]
+        was_meta = [slot for slot in self._autosparse_slots if is_meta(self._parameters.get(slot.threshold))]
 
         def keep_float32(t: Tensor) -> Tensor:
-            return _moved(t, fn(t)) if id(t) in held else fn(t)
+            return moved(t, fn(t)) if id(t) in held else fn(t)
 
         super()._apply(keep_float32, recurse)
         for slot in was_meta:
-            if not _is_meta(self._parameters[slot.threshold]):
+            if not is_meta(self._parameters[slot.threshold]):
                 reset_mask(self, slot)
                 alpha_of(self).fill_(self._autosparse.plan.config.alpha)
                 weight = self._autosparse.weights[slot.name]
@@ -109,7 +132,7 @@ class MaskedModule(nn.Module):
                 self._buffers[slot.offset] = torch.zeros_like(offset, device=weight.device)
             if alpha.is_meta:
                 value = self._autosparse.plan.config.alpha
-                self._buffers[ALPHA] = _moved(alpha, torch.full_like(alpha, value, device=weight.device))
+                self._buffers[ALPHA] = moved(alpha, torch.full_like(alpha, value, device=weight.device))
 
     def _keep_float32(self) -> None:
         """Undo what loading a state of lower precision with ``assign=True`` does to thresholds and offsets."""
@@ -239,14 +262,14 @@ def _is_sharded_by_fsdp(module: MaskedModule, slot: Slot) -> bool:
     if not dtensors.is_dtensor(weight):
         return False
     same = dtensors.is_dtensor(offset) and offset.device_mesh == weight.device_mesh
-    if not same and not _compat.is_managed_by_fsdp(module):
+    if not same and not eager.is_managed_by_fsdp(module):
         refuse_late_dtensor(module, slot, "became a DTensor after sparsify, but its threshold did not")
     return not same
 
 
 def _mask(module: MaskedModule, slot: Slot, weight: Tensor) -> Tensor:
     masked = threshold_mask(weight, logit(module, slot), alpha_of(module))
-    if weight.requires_grad and not masked.requires_grad and not _compat.functorch_is_active():
+    if weight.requires_grad and not masked.requires_grad and not eager.functorch_is_active():
         # As the parameter does without gradients too: torch chooses kernels by it. A view, because autocast would take
         # anything else for a parameter, and keep its cast as long as the context lasts.
         masked = masked.requires_grad_().view_as(masked)
@@ -296,10 +319,8 @@ class _MaskedRNN(MaskedModule):
         pass  # derived from the parameters at every read
 
     def __setattr__(self, name: str, value: object) -> None:
-        if dtensors.is_dtensor(value) and name in self._parameters:
-            self._parameters[name] = value  # type: ignore[assignment]  # so does FSDP2 with modules that do not set
-            return
-        nn.Module.__setattr__(self, name, value)  # type: ignore[arg-type]  # not RNNBase's, which updates the list
+        if not self._assigns_dtensor(name, value):
+            nn.Module.__setattr__(self, name, value)  # type: ignore[arg-type]  # not RNNBase's: it updates the list
 
     def _weights_have_changed(self) -> bool:
         return False
@@ -310,18 +331,18 @@ class _MaskedRNN(MaskedModule):
 
 def _property(slot: Slot) -> property:
     def read(self: MaskedModule) -> Tensor:
-        if not torch.compiler.is_compiling() and _compat.is_read_by_weight_norm():
+        reader = None if torch.compiler.is_compiling() else eager.reader()
+        if reader == "weight_norm":
             refuse_second_owner(self, slot)
         try:
-            return masked_weight(self, slot)
+            if reader == "get_parameter" and masked_weight(self, slot) is not self._parameters[slot.name]:
+                refuse_lookup(self, slot)
+            return masked_weight(self, slot)  # not by way of a variable: Dynamo would call the node by its name
         except AttributeError as error:  # nn.Module.__getattr__ would answer with the dense parameter
             raise RuntimeError(f"autosparse_fx could not mask {describe(self, slot.name)}: {error}") from error
 
     def write(self: MaskedModule, value: object) -> None:
-        raise RuntimeError(
-            f"{describe(self, slot.name)} is masked by autosparse_fx: assign a torch.nn.Parameter, which becomes the "
-            "stored weight, or write inside `with autosparse_fx.dense_weights(model):`"
-        )
+        refuse_assignment(self, slot.name, value)
 
     return property(read, write, doc=f"The masked {slot.name}; the stored one is in parameters().")
 
@@ -365,27 +386,3 @@ def _make_masked_class(base: type[nn.Module], slots: tuple[Slot, ...], scale: fl
 def _new_masked_module(base: type[nn.Module], slots: tuple[Slot, ...], scale: float) -> nn.Module:
     cls = masked_class(base, slots, scale)
     return cls.__new__(cls)
-
-
-def _is_meta(t: Tensor | None) -> bool:
-    return t is not None and t.is_meta
-
-
-# Where thresholds' state was moved to: tensors that were shared before `.to()`, which handles each module's buffers by
-# themselves, are shared after it too.
-_new_home = WeakTensorKeyDictionary()
-
-
-def _moved(t: Tensor, out: Tensor) -> Tensor:
-    if t.dim() == 0 and not t.is_meta:  # alpha: not in the state_dict, so to_empty must not lose it
-        out = t.to(device=out.device)
-    elif out.dtype.itemsize < 4:
-        out = t.to(device=out.device, dtype=torch.float32)
-    if out is t or isinstance(t, nn.Parameter):
-        return out
-    home = _new_home.get(t)
-    there: Tensor | None = home() if home is not None else None
-    if there is not None and there.device == out.device and there.dtype == out.dtype:
-        return there
-    _new_home[t] = _compat.weak_tensor_ref(out)
-    return out

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autosparse_fx import _compat
+from autosparse_fx._compat import eager, inductor
 
 __all__ = ["anneal_gradient", "threshold_mask"]
 
@@ -50,7 +50,7 @@ def threshold_mask(weight: Tensor, threshold: Tensor, alpha: Tensor) -> Tensor:
     Raises:
         TypeError: if ``weight`` is not real floating-point, or ``threshold`` is neither float32 nor float64.
     """
-    if not torch.compiler.is_compiling() and _compat.functorch_is_active():
+    if not torch.compiler.is_compiling() and eager.functorch_is_active():
         _check(weight, threshold)
         # torch.func and vmap do not run a library op's autograd formula; the same values and gradients, op by op.
         return _threshold_mask_by_autograd(weight, threshold, alpha)
@@ -226,7 +226,7 @@ def _fake(decomposition):  # type: ignore[no-untyped-def]
     """
 
     def fake(*args: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        _compat.register_lowerings_if_inductor_is_loaded()
+        inductor.register_lowerings_if_inductor_is_loaded()
         return decomposition(*args)  # type: ignore[no-any-return]
 
     return fake
@@ -244,5 +244,5 @@ torch.library.register_autograd(
 torch.library.register_autograd(
     "autosparse::anneal_gradient", _anneal_gradient_backward, setup_context=_anneal_gradient_setup, lib=_library
 )
-_compat.register_decomposition(torch.ops.autosparse.threshold_mask.default, threshold_mask_decomposition)
-_compat.register_decomposition(torch.ops.autosparse.anneal_gradient.default, anneal_gradient_decomposition)
+eager.register_decomposition(torch.ops.autosparse.threshold_mask.default, threshold_mask_decomposition)
+eager.register_decomposition(torch.ops.autosparse.anneal_gradient.default, anneal_gradient_decomposition)

@@ -22,7 +22,7 @@ MOMENTA = ("momentum_buffer", "exp_avg")  # what the optimizers of torch call it
 
 
 class OptimizerSteps:
-    """Counts the steps of all optimizers of the process, and knows which stepped when, from the first annealer on."""
+    """Counts the optimizer steps of the process since the first annealer, and when each optimizer stepped last."""
 
     def __init__(self) -> None:
         self.count = 0

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from autosparse_fx import _compat
+from autosparse_fx._compat import inductor
 from autosparse_fx.config import AutoSparse
 from autosparse_fx.hidden.masks import Request
 
@@ -38,7 +38,7 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
     recompute_masks = given.pop("recompute_masks", True)
     if not isinstance(recompute_masks, bool):
         raise TypeError(f"option 'recompute_masks' must be True or False, got {recompute_masks!r}")
-    known = _compat.inductor_option_names()
+    known = inductor.inductor_option_names()
     for name in given:
         if name not in known:
             raise ValueError(
@@ -46,7 +46,7 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
                 f"{', '.join(map(repr, ONE_LINE_OPTIONS))}, and the options of Inductor, as listed by "
                 "torch._inductor.list_options()"
             )
-    patches = _compat.inductor_mode_options(mode) if mode and mode != "default" else {}
+    patches = inductor.inductor_mode_options(mode) if mode and mode != "default" else {}
     return Options(request, recompute_masks, {**patches, **given})
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch.fx import Graph, GraphModule
 from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 
-from autosparse_fx import _compat
+from autosparse_fx._compat import dynamo
 
 log = logging.getLogger(__name__)
 
@@ -63,14 +63,14 @@ def run_passes(gm: GraphModule, passes: Sequence[Pass], stage: str) -> dict[str,
         log.debug("compilation %s, %s graph: %s made %d changes", compilation.id, stage, name, counts[name])
         if counts[name]:
             compilation.versions.append(GraphVersion(stage, name, counts[name], _copy(gm.graph)))
-            _compat.trace_graph(f"autosparse_after_{name}", gm)
+            dynamo.trace_graph(f"autosparse_after_{name}", gm)
         for check in checks:
             check(gm, stage, name)
     return counts
 
 
 def _compilation(gm: GraphModule, stage: str) -> Compilation:
-    compile_id = _compat.current_compile_id()
+    compile_id = dynamo.current_compile_id()
     if stage == "dynamo" or not compilations or compilations[-1].id != compile_id:
         compilations.append(Compilation(compile_id))
     return compilations[-1]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autosparse_fx import _compat
+from autosparse_fx._compat import dynamo, eager
 
 
 class _Memo:
@@ -23,12 +23,12 @@ class _Memo:
     """
 
     def __init__(self) -> None:
-        self._hooks = _compat.saved_tensor_hooks()
+        self._hooks = eager.saved_tensor_hooks()
         self.masked: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
 
     @property
     def is_current(self) -> bool:
-        return self._hooks == _compat.saved_tensor_hooks()
+        return self._hooks == eager.saved_tensor_hooks()
 
 
 class _Reads(threading.local):
@@ -60,13 +60,13 @@ def masking_once(forward: Callable[..., Any]) -> Callable[..., Any]:
 def masking_once_outside_graphs(forward: Callable[..., Any]) -> Callable[..., Any]:
     """As :func:`masking_once`, for layers that Dynamo leaves to eager mode: it must leave all of it, or it compiles the
     reads of their weights one by one."""
-    eager = torch.compiler.disable(masking_once(forward))
+    outside = torch.compiler.disable(masking_once(forward))
 
     @functools.wraps(forward)
     def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return (forward if torch.compiler.is_compiling() else eager)(self, *args, **kwargs)
+        return (forward if torch.compiler.is_compiling() else outside)(self, *args, **kwargs)
 
-    _compat.skip_frame(wrapper)
+    dynamo.skip_frame(wrapper)
     return wrapper
 
 

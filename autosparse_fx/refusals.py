@@ -29,6 +29,23 @@ def refuse_second_owner(module: Any, slot: Slot) -> None:
     )
 
 
+def refuse_assignment(module: Any, name: str, value: object) -> None:
+    raise TypeError(
+        f"{describe(module, name)} is masked by autosparse_fx and cannot become a {type(value).__name__}: assign a "
+        "torch.nn.Parameter, which becomes the stored weight, or tie and write weights inside "
+        "`with autosparse_fx.dense_weights(model):`"
+    )
+
+
+def refuse_lookup(module: Any, slot: Slot) -> None:
+    """Not an AttributeError, which ``tie_weights`` of Hugging Face takes for a weight that is not there."""
+    raise RuntimeError(
+        f"{describe(module, slot.name)} is masked by autosparse_fx, and get_parameter (which tie_weights and "
+        "resize_token_embeddings call too) would find the masked copy: call it inside "
+        "`with autosparse_fx.dense_weights(model):`, or take the weight from model.named_parameters()"
+    )
+
+
 def guarded_reset(method: str) -> Callable[..., None]:
     """What ``reset_parameters`` and its like become: refused where they would write to masked copies."""
 

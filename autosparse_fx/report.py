@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from autosparse_fx import _compat
+from autosparse_fx._compat import eager
 from autosparse_fx.attach import masked_modules
 from autosparse_fx.consistency import refuse_broken_ties
 from autosparse_fx.hidden.masks import all_masked_modules, hidden_masks
@@ -53,7 +53,7 @@ def report(
     """
     if unit not in UNITS:
         raise ValueError(f"unit must be one of {', '.join(map(repr, UNITS))}, got {unit!r}")
-    model = _compat.without_wrapper(model)
+    model = eager.without_wrapper(model)
     found = _count_zeros(model)
     if history is not None:
         found = replace(found, history=history)

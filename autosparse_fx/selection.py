@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from autosparse_fx._compat import ConvNd, ConvTransposeNd, is_managed_by_fsdp
+from autosparse_fx._compat.eager import ConvNd, ConvTransposeNd, is_managed_by_fsdp
 from autosparse_fx.config import AutoSparse, matches
 from autosparse_fx.dtensors import is_dtensor
 from autosparse_fx.plan import Slot

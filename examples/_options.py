@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from _arguments import MAX_SEED, device, real, whole
 from _data import DATA_SETS
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -51,23 +52,6 @@ def recipe(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in sorted(vars(args).items()) if name not in RUNTIME_OPTIONS}
 
 
-def _positive_int(text: str) -> int:
-    value = int(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
-
-
-def _float_or(word: str, value: str | None) -> Any:
-    def parse(text: str) -> float | str | None:
-        try:
-            return value if text.lower() == word else float(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor {word!r}") from None
-
-    return parse
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Train an image classifier, dense or sparse, and report accuracy and sparsity.",
@@ -80,8 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder that holds it (default: environment variable AUTOSPARSE_DATA, or 'data')",
     )  # fmt: skip
     group.add_argument("--download", action="store_true", help="let torchvision download it into --data-dir")
-    group.add_argument("--image-size", type=_positive_int, default=224, help="imagefolder: pixels (default: 224)")
-    group.add_argument("--workers", type=int, default=4, help="imagefolder: reader processes (default: 4)")
+    group.add_argument("--image-size", type=whole(), default=224, help="imagefolder: pixels (default: 224)")
+    group.add_argument("--workers", type=whole(0), default=4, help="imagefolder: reader processes (default: 4)")
     group.add_argument(
         "--arch", default="convnet",
         help="convnet, convnet_wide, resnet20, mobilenet_v1 or a torchvision classifier (default: %(default)s)",
@@ -89,16 +73,24 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("recipe")
     group.add_argument("--preset", choices=sorted(PRESETS), help="start from a known recipe; other options override it")
-    group.add_argument("--epochs", type=_positive_int, default=6, help="(default: %(default)s)")
-    group.add_argument("--max-steps", type=_positive_int, help="train for this many steps instead of whole epochs")
-    group.add_argument("--batch-size", type=_positive_int, default=128, help="(default: %(default)s)")
+    group.add_argument("--epochs", type=whole(), default=6, help="(default: %(default)s)")
+    group.add_argument("--max-steps", type=whole(), help="train for this many steps instead of whole epochs")
+    group.add_argument("--batch-size", type=whole(), default=128, help="(default: %(default)s)")
     group.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd", help="(default: %(default)s)")
-    group.add_argument("--lr", type=float, help="peak learning rate (default: 0.1 for sgd, 2e-3 for adamw)")
-    group.add_argument("--momentum", type=float, default=0.9, help="of sgd (default: %(default)s)")
-    group.add_argument("--weight-decay", type=float, help="(default: 5e-4 for sgd, 1e-2 for adamw)")
-    group.add_argument("--warmup-epochs", type=float, default=0.0, help="linear warm-up, then cosine (default: 0)")
-    group.add_argument("--label-smoothing", type=float, default=0.0, help="(default: 0)")
-    group.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (default: 0)")
+    group.add_argument(
+        "--lr", type=real(0.1, above=0), help="peak learning rate (default: 0.1 for sgd, 2e-3 for adamw)"
+    )
+    group.add_argument(
+        "--momentum", type=real(0.9, least=0, below=1), default=0.9, help="of sgd (default: %(default)s)"
+    )
+    group.add_argument("--weight-decay", type=real(5e-4, least=0), help="(default: 5e-4 for sgd, 1e-2 for adamw)")
+    group.add_argument(
+        "--warmup-epochs", type=real(5, least=0), default=0.0, help="linear warm-up, then cosine (default: 0)"
+    )
+    group.add_argument("--label-smoothing", type=real(0.1, least=0, most=1), default=0.0, help="(default: 0)")
+    group.add_argument(
+        "--seed", type=whole(0, MAX_SEED), default=0, help="of weights, order and augmentation (default: 0)"
+    )
 
     group = parser.add_argument_group("sparsity (defaults are the library's; see autosparse_fx.AutoSparse)")
     group.add_argument("--dense", action="store_true", help="train the plain dense network, for comparison")
@@ -106,29 +98,40 @@ def build_parser() -> argparse.ArgumentParser:
         "--one-line", action="store_true", help="leave the model as it is: torch.compile(..., options=...) does it all"
     )
     group.add_argument(
-        "--target-sparsity", type=_float_or("none", None), default=argparse.SUPPRESS, metavar="FRACTION|none",
-        help="fraction of zeros to reach, or 'none' to let the thresholds decide",
+        "--target-sparsity", type=real(0.9, above=0, below=1, word="none"), default=argparse.SUPPRESS,
+        metavar="FRACTION|none", help="fraction of zeros to reach, or 'none' to let the thresholds decide",
     )  # fmt: skip
-    group.add_argument("--alpha", type=float, default=argparse.SUPPRESS, help="gradient scale of masked weights")
+    group.add_argument(
+        "--alpha", type=real(0.75, least=0, most=1), default=argparse.SUPPRESS, help="gradient scale of masked weights"
+    )
     group.add_argument("--decay", default=argparse.SUPPRESS, help="shape of alpha over time")
     group.add_argument(
-        "--alpha-end", type=float, default=argparse.SUPPRESS, help="fraction of training after which alpha is 0"
+        "--alpha-end",
+        type=real(0.9, above=0, most=1),
+        default=argparse.SUPPRESS,
+        help="fraction of training after which alpha is 0",
     )
     group.add_argument(
-        "--threshold-init", type=_float_or("auto", "auto"), default=argparse.SUPPRESS, metavar="LOGIT|auto",
-        help="where thresholds start",
+        "--threshold-init", type=real(-5, word="auto", stands_for="auto"), default=argparse.SUPPRESS,
+        metavar="LOGIT|auto", help="where thresholds start",
     )  # fmt: skip
-    group.add_argument("--threshold-scale", type=float, default=argparse.SUPPRESS, help="pace of threshold learning")
+    group.add_argument(
+        "--threshold-scale", type=real(0.1, above=0), default=argparse.SUPPRESS, help="pace of threshold learning"
+    )
     group.add_argument("--granularity", choices=("layer", "channel"), default=argparse.SUPPRESS, help="of thresholds")
     group.add_argument(
         "--param-groups", action="store_true", help="give thresholds their own optimizer group, for the next two"
     )
-    group.add_argument("--threshold-lr", type=float, default=argparse.SUPPRESS, help="learning rate of thresholds")
-    group.add_argument("--threshold-weight-decay", type=float, default=argparse.SUPPRESS, help="decay of thresholds")
+    group.add_argument(
+        "--threshold-lr", type=real(0.01, least=0), default=argparse.SUPPRESS, help="learning rate of thresholds"
+    )
+    group.add_argument(
+        "--threshold-weight-decay", type=real(1e-4, least=0), default=argparse.SUPPRESS, help="decay of thresholds"
+    )
 
     group = parser.add_argument_group("run")
-    group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
-    group.add_argument("--threads", type=_positive_int, help="CPU threads of PyTorch (default: PyTorch's)")
+    group.add_argument("--device", type=device, default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
+    group.add_argument("--threads", type=whole(), help="CPU threads of PyTorch (default: PyTorch's)")
     group.add_argument("--amp", choices=("bf16", "fp16"), help="mixed precision; fp16 scales the loss and needs a GPU")
     group.add_argument("--channels-last", action="store_true", help="NHWC memory layout")
     group.add_argument(
@@ -136,7 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="torch.compile: backend 'autosparse', or 'inductor' with --dense (default: on)",
     )  # fmt: skip
     group.add_argument("--checkpoint", type=Path, help="file to keep the state of the run in; written every epoch")
-    group.add_argument("--checkpoint-every", type=_positive_int, metavar="STEPS", help="write it more often")
+    group.add_argument("--checkpoint-every", type=whole(), metavar="STEPS", help="write it more often")
     group.add_argument("--resume", action="store_true", help="continue from --checkpoint if that file exists")
     group.add_argument("--json", type=Path, help="write the results here")
     group.add_argument("--save-model", type=Path, help="write the finalized model's state_dict here")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import autosparse_fx
+from _arguments import whole
 from _data import DATA_SETS, load_data
 from _models import BUILT_IN, build_model
 
@@ -29,7 +30,7 @@ def main() -> None:
     parser.add_argument("--arch", default="convnet", help="(default: %(default)s)")
     parser.add_argument("--data", choices=DATA_SETS, default="digits", help="(default: %(default)s)")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="(default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=128, help="(default: %(default)s)")
+    parser.add_argument("--batch-size", type=whole(), default=128, help="(default: %(default)s)")
     args = parser.parse_args()
 
     rgb = args.arch not in BUILT_IN

@@ -18,7 +18,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import autosparse_fx
+from _arguments import MAX_SEED, real, whole
 from _data import DATA_SETS, load_data
 from _models import build_model
 from autosparse_fx import AutoSparse
@@ -57,6 +58,8 @@ class Trainer:
             args.data, args.data_dir, device=device, download=False, rgb=False, image_size=224, workers=4
         )
         self.steps_per_epoch = len(self.data.train) // args.batch_size
+        if self.steps_per_epoch == 0:
+            raise ValueError(f"--batch-size {args.batch_size} is more than the {len(self.data.train)} training images")
         self.total_steps = args.epochs * self.steps_per_epoch
         self.model = self._sparse_model().to(device)
         self.forward: nn.Module = self.model
@@ -228,7 +231,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return folder / latest.read_text() if latest.exists() else None
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train an image classifier with sparse weights in several processes.")
     parser.add_argument("--strategy", choices=("ddp", "fsdp"), default="ddp", help="(default: %(default)s)")
     parser.add_argument("--data", choices=DATA_SETS, default="digits", help="(default: %(default)s)")
@@ -237,19 +240,27 @@ def parse_args() -> argparse.Namespace:
         help="folder that holds it (default: environment variable AUTOSPARSE_DATA, or 'data')",
     )  # fmt: skip
     parser.add_argument("--arch", default="convnet", help="a network of _models.py (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=6, help="(default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=128, help="of all processes together (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=0.1, help="peak learning rate of SGD (default: %(default)s)")
-    parser.add_argument("--momentum", type=float, default=0.9, help="(default: %(default)s)")
-    parser.add_argument("--weight-decay", type=float, default=5e-4, help="(default: %(default)s)")
-    parser.add_argument("--target-sparsity", type=float, default=0.9, help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (default: 0)")
-    parser.add_argument("--threads", type=int, default=1, help="of each process, on the CPU (default: %(default)s)")
+    parser.add_argument("--epochs", type=whole(), default=6, help="(default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=whole(), default=128, help="of all processes together (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--lr", type=real(0.1, above=0), default=0.1, help="peak learning rate of SGD (default: %(default)s)"
+    )
+    parser.add_argument("--momentum", type=real(0.9, least=0, below=1), default=0.9, help="(default: %(default)s)")
+    parser.add_argument("--weight-decay", type=real(5e-4, least=0), default=5e-4, help="(default: %(default)s)")
+    parser.add_argument(
+        "--target-sparsity", type=real(0.9, above=0, below=1), default=0.9, help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=whole(0, MAX_SEED), default=0, help="of weights, order and augmentation (default: 0)"
+    )
+    parser.add_argument("--threads", type=whole(), default=1, help="of each process, on the CPU (default: %(default)s)")
     parser.add_argument("--checkpoint", type=Path, help="folder to keep the state of the run in, and to go on from")
-    parser.add_argument("--checkpoint-every", type=int, metavar="STEPS", help="(default: an epoch)")
+    parser.add_argument("--checkpoint-every", type=whole(), metavar="STEPS", help="(default: an epoch)")
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--save-model", type=Path, help="write the finalized model's state_dict here")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def join_group(backend: str) -> None:
@@ -284,6 +295,8 @@ def main() -> None:
         results = trainer.finish()
         if trainer.rank == 0:
             print(f"accuracy {results['accuracy']:.2%}, {results['sparsity']:.2%} of the weights are zero")
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
     finally:
         dist.destroy_process_group()
 

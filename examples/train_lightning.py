@@ -76,6 +76,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train digits with Lightning, dense and sparse, and compare.")
     parser.add_argument("--epochs", type=int, default=20, help="of each training (default: %(default)s)")
     args = parser.parse_args()
+    if args.epochs < 1:
+        parser.error(f"argument --epochs: {args.epochs} is not a whole number, at least 1")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the images are in memory
 

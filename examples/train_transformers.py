@@ -70,6 +70,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20, help="of each training (default: %(default)s)")
     parser.add_argument("--output", help="folder to save the sparse model in")
     args = parser.parse_args()
+    if args.epochs < 1:
+        parser.error(f"argument --epochs: {args.epochs} is not a whole number, at least 1")
 
     model = build()
     with tempfile.TemporaryDirectory() as folder:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from autosparse_fx._compat import FakeTensor, copy_graph_module
+from autosparse_fx._compat.dynamo_graphs import FakeTensor, copy_graph_module
 
 
 def with_constants(graph: GraphModule, tensors: dict[int, Tensor]) -> GraphModule:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from autosparse_fx._compat import HigherOrderOperator, is_module_state
+from autosparse_fx._compat.dynamo_graphs import HigherOrderOperator, is_module_state
 from autosparse_fx.passes.origins import depending_on, origins
 from autosparse_fx.passes.products import Operand, operands
 

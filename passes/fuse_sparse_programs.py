@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
 from torch.fx.passes.operator_support import OperatorSupportBase
 
-from autosparse_fx._compat import size_hint
+from autosparse_fx._compat.dynamo_graphs import size_hint
 from autosparse_fx.kernels.choice import CHOICE
 from autosparse_fx.kernels.library import library
 from autosparse_fx.kernels.ops import flatten_shapes

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from autosparse_fx._compat import size_hint
+from autosparse_fx._compat.dynamo_graphs import size_hint
 from autosparse_fx.kernels import ops  # noqa: F401  (the operators must exist)
 from autosparse_fx.kernels.choice import CHOICE, Choice, choose, lacking
 from autosparse_fx.passes.constants import constant, new_constant, remove_unused_constants

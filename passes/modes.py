@@ -7,7 +7,12 @@ from types import FunctionType
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from autosparse_fx._compat import HigherOrderOperator, enter_inference_mode, exit_inference_mode, set_grad_enabled
+from autosparse_fx._compat.dynamo_graphs import (
+    HigherOrderOperator,
+    enter_inference_mode,
+    exit_inference_mode,
+    set_grad_enabled,
+)
 
 # The operations that may give a view of a tensor, by their bare names: through these a write reaches the tensor that
 # they were taken of.

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
-from autosparse_fx._compat import share_storage, tree_leaves
+from autosparse_fx._compat.dynamo_graphs import share_storage
+from autosparse_fx._compat.eager import tree_leaves
 from autosparse_fx.passes.modes import VIEWS, bare_name, function_name
 
 # Through these and through VIEWS the first operand is still the same weight. They copy it.

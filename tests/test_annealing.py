@@ -1,4 +1,4 @@
-"""GradientAnnealing: counts optimizer steps, lowers alpha, lives with its optimizer, and resumes."""
+"""GradientAnnealing: lowers alpha, lives with its optimizer, and resumes."""
 
 import gc
 import json
@@ -8,50 +8,15 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from annealers import alpha_of, alphas, backward, float32, one_step, sgd, sparse_mlp
+from torch import nn
 
 import autosparse_fx
 from autosparse_fx import AutoSparse, GradientAnnealing
-
-
-def sparse_mlp(**config: Any) -> nn.Sequential:
-    return autosparse_fx.sparsify(reference.mlp(), AutoSparse(**config))
-
-
-def sgd(model: nn.Module, **options: Any) -> torch.optim.SGD:
-    return torch.optim.SGD(model.parameters(), lr=0.05, **options)
-
-
-def alphas(model: nn.Module) -> list[Tensor]:
-    return [m._buffers["autosparse_alpha"] for m in model.modules() if "autosparse_alpha" in m._buffers]
-
-
-def alpha_of(model: nn.Module) -> float:
-    (value,) = {float(alpha) for alpha in alphas(model)}
-    return value
-
-
-def backward(model: nn.Module, seed: int = 0) -> Tensor:
-    ((x, y),) = reference.classification_batches(1, seed=seed)
-    loss = F.cross_entropy(model(x), y)
-    loss.backward()
-    return loss.detach()
-
-
-def one_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    backward(model)
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def float32(value: float) -> float:
-    return float(torch.tensor(value, dtype=torch.float32))
-
 
 SHAPES: dict[str, Callable[[float], float]] = {
     "fixed": lambda t: 1.0,
@@ -110,95 +75,6 @@ def test_the_alpha_of_the_step_scales_the_gradient_of_masked_weights() -> None:
         torch.testing.assert_close(weight.grad, torch.where(kept, dense, alpha * dense))
         optimizer.step()
         optimizer.zero_grad()
-
-
-# what counts as a step
-
-
-def test_batches_of_gradient_accumulation_do_not_count() -> None:
-    model = sparse_mlp()
-    optimizer = sgd(model)
-    annealer = GradientAnnealing(model, 10, optimizer)
-    for step in range(3):
-        for micro in range(4):
-            backward(model, seed=micro)
-            assert annealer.steps == step
-        optimizer.step()
-        optimizer.zero_grad()
-        assert annealer.steps == step + 1
-
-
-def test_a_step_that_the_gradient_scaler_skips_does_not_count() -> None:
-    model = sparse_mlp(decay="linear", alpha=1.0)
-    optimizer = sgd(model)
-    annealer = GradientAnnealing(model, 10, optimizer)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    counted = []
-    for overflow in (False, True, True, False):
-        optimizer.zero_grad()
-        ((x, y),) = reference.classification_batches(1)
-        scaler.scale(F.cross_entropy(model(x), y)).backward()
-        if overflow:
-            model[0]._parameters["weight"].grad[0, 0] = math.inf
-        scaler.step(optimizer)
-        scaler.update()
-        counted.append((annealer.steps, alpha_of(model)))
-    assert [steps for steps, _ in counted] == [1, 1, 1, 2]
-    assert [alpha for _, alpha in counted] == [float32(a) for a in (0.9, 0.9, 0.9, 0.8)]
-
-
-def test_zero_grad_and_closures_do_not_count() -> None:
-    model = sparse_mlp()
-    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
-    annealer = GradientAnnealing(model, 10, optimizer)
-    closures = 0
-
-    def closure() -> Tensor:
-        nonlocal closures
-        closures += 1
-        optimizer.zero_grad()
-        return backward(model)
-
-    optimizer.step(closure)
-    assert closures > 1
-    assert annealer.steps == 1
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda p: torch.optim.SGD(p, lr=0.01, foreach=True),
-        lambda p: torch.optim.SGD(p, lr=0.01, foreach=False),
-        lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
-        lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
-        lambda p: torch.optim.RMSprop(p, lr=0.01),
-    ],
-    ids=["sgd-foreach", "sgd-loop", "adamw-foreach", "adamw-fused", "rmsprop"],
-)
-@pytest.mark.parametrize("by_hook", [True, False])
-def test_every_optimizer_counts_by_hook_or_by_step(make: Callable[[Any], torch.optim.Optimizer], by_hook: bool) -> None:
-    model = sparse_mlp()
-    optimizer = make(model.parameters())
-    annealer = GradientAnnealing(model, 10, optimizer if by_hook else None)
-    for _ in range(3):
-        one_step(model, optimizer)
-        if not by_hook:
-            annealer.step()
-    assert annealer.steps == 3
-
-
-def test_hook_and_step_train_alike() -> None:
-    def run(by_hook: bool) -> dict[str, Tensor]:
-        torch.manual_seed(1)
-        model = sparse_mlp()
-        optimizer = sgd(model, momentum=0.9)
-        annealer = GradientAnnealing(model, 30, optimizer if by_hook else None)
-        reference.train(model, optimizer, reference.classification_batches(30), None if by_hook else annealer.step)
-        return model.state_dict()
-
-    hooked, stepped = run(True), run(False)
-    for name in hooked:
-        assert torch.equal(hooked[name], stepped[name]), name
 
 
 # life of the annealer
@@ -268,189 +144,6 @@ def test_a_module_around_the_sparse_model_serves_as_well() -> None:
     GradientAnnealing(wrapped, 10, optimizer)
     one_step(model, optimizer)
     assert alpha_of(model) == float32(0.9)
-
-
-# misuse
-
-
-@pytest.mark.parametrize("total_steps", [0, -1, 1.5, True, "10", None], ids=repr)
-def test_total_steps_that_is_no_positive_number_is_refused(total_steps: Any) -> None:
-    with pytest.raises(
-        ValueError, match=f"total_steps must be a positive number of optimizer steps, got {total_steps!r}"
-    ):
-        GradientAnnealing(sparse_mlp(), total_steps)
-
-
-def test_total_steps_may_be_any_kind_of_integer() -> None:
-    annealer = GradientAnnealing(sparse_mlp(), np.int64(10))
-    state = json.loads(json.dumps(annealer.state_dict()))
-    assert (state["steps"], state["total_steps"]) == (0, 10)
-
-
-def test_a_model_that_is_not_sparse_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"Sequential is not sparse: call autosparse_fx.sparsify"):
-        GradientAnnealing(reference.mlp(), 10)
-
-
-def test_a_refused_annealer_leaves_the_one_before_it_at_work() -> None:
-    model = sparse_mlp()
-    optimizer = sgd(model)
-    annealer = GradientAnnealing(model, 10, optimizer)
-    with pytest.raises(ValueError, match="total_steps"):
-        GradientAnnealing(model, 0, optimizer)
-    one_step(model, optimizer)
-    assert annealer.steps == 1
-
-
-def test_parts_with_different_configurations_are_refused() -> None:
-    model = nn.Sequential(sparse_mlp(alpha=0.5), sparse_mlp(alpha=0.6))
-    with pytest.raises(ValueError, match=r"different configurations.*sparsify the whole model once"):
-        GradientAnnealing(model, 10)
-
-
-def test_parts_with_the_same_configuration_are_annealed_together() -> None:
-    model = nn.Sequential(
-        autosparse_fx.sparsify(nn.Linear(16, 16), AutoSparse(decay="linear", alpha=1.0)),
-        autosparse_fx.sparsify(nn.Linear(16, 4), AutoSparse(decay="linear", alpha=1.0)),
-    )
-    optimizer = sgd(model)
-    GradientAnnealing(model, 10, optimizer)
-    one_step(model, optimizer)
-    assert alpha_of(model) == float32(0.9)
-
-
-def test_step_of_an_annealer_that_counts_by_itself_is_refused() -> None:
-    model = sparse_mlp()
-    annealer = GradientAnnealing(model, 10, sgd(model))
-    with pytest.raises(RuntimeError, match=r"counts its optimizer's steps by itself.*do not call step"):
-        annealer.step()
-    assert annealer.steps == 0
-
-
-def test_stepping_before_the_optimizer_warns_once() -> None:
-    model = sparse_mlp()
-    optimizer = sgd(model)
-    annealer = GradientAnnealing(model, 10)
-    with pytest.warns(UserWarning, match=r"no weight has changed.*after optimizer.step\(\)") as caught:
-        annealer.step()
-        annealer.step()
-        one_step(model, optimizer)
-    assert len(caught) == 1
-    assert caught[0].filename == __file__
-
-
-def test_an_optimizer_of_another_model_is_not_taken_for_this_ones() -> None:
-    other = sparse_mlp()
-    optimizer = sgd(other)
-    annealer = GradientAnnealing(other, 10)
-    one_step(other, optimizer)
-    annealer.step()
-    later = GradientAnnealing(sparse_mlp(), 10)
-    with pytest.warns(UserWarning, match="no weight has changed") as caught:
-        later.step()
-        later.step()
-    assert len(caught) == 1
-
-
-def test_stepping_in_order_does_not_warn() -> None:
-    model = sparse_mlp()
-    optimizer = sgd(model)
-    annealer = GradientAnnealing(model, 10)
-    for _ in range(10):
-        one_step(model, optimizer)
-        annealer.step()
-    assert annealer.steps == 10
-
-
-@pytest.mark.parametrize("by_hook", [True, False])
-def test_stepping_past_the_end_warns_once_and_alpha_stays_zero(by_hook: bool) -> None:
-    model = sparse_mlp(decay="fixed", alpha=1.0, alpha_end=1.0)
-    optimizer = sgd(model)
-    annealer = GradientAnnealing(model, 2, optimizer if by_hook else None)
-
-    def step() -> None:
-        one_step(model, optimizer)
-        if not by_hook:
-            annealer.step()
-
-    step()
-    step()
-    offsets = {name: b.clone() for name, b in model.named_buffers() if name.endswith("_offset")}
-    with pytest.warns(UserWarning, match="past the annealer's total_steps=2.*alpha stays 0") as caught:
-        for _ in range(3):
-            step()
-    assert len(caught) == 1
-    assert annealer.steps == 2 and annealer.alpha == 0.0 and alpha_of(model) == 0.0
-    for name, buffer in model.named_buffers():
-        if name.endswith("_offset"):
-            assert torch.equal(buffer, offsets[name])
-
-
-def messages_of_two_steps(model: nn.Module, *optimizers: torch.optim.Optimizer, by_hook: bool = True) -> list[str]:
-    """What the annealer of the first of the optimizers says in two steps of all of them."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        annealer = GradientAnnealing(model, 10, optimizers[0] if by_hook else None)
-        for _ in range(2):
-            backward(model)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            if not by_hook:
-                annealer.step()
-    return sorted(str(w.message) for w in caught)
-
-
-@pytest.mark.parametrize("by_hook", [True, False])
-def test_an_optimizer_made_before_sparsify_is_warned_of_its_missing_thresholds(by_hook: bool) -> None:
-    model = reference.mlp()
-    optimizer = sgd(model)
-    autosparse_fx.sparsify(model)
-    (message,) = messages_of_two_steps(model, optimizer, by_hook=by_hook)
-    assert "none of the thresholds" in message and "0.weight_threshold" in message
-    assert "masked weights" not in message
-    assert "model.parameters() after sparsify" in message
-
-
-def test_an_optimizer_that_lacks_weights_and_thresholds_is_warned_of_both_by_name() -> None:
-    model = sparse_mlp()
-    held = [p for name, p in model.named_parameters() if not name.startswith("2.")]
-    messages = messages_of_two_steps(model, torch.optim.SGD(held, lr=0.1))
-    assert len(messages) == 2
-    assert "not all of the masked weights" in messages[0] and "2.weight will not" in messages[0]
-    assert "not all of the thresholds" in messages[1] and "2.weight_threshold will not" in messages[1]
-    assert not any("0.weight" in message for message in messages)
-
-
-def test_what_a_second_optimizer_holds_is_not_missed() -> None:
-    model = sparse_mlp()
-    thresholds = [p for name, p in model.named_parameters() if name.endswith("_threshold")]
-    others = [p for name, p in model.named_parameters() if not name.endswith("_threshold")]
-    assert messages_of_two_steps(model, torch.optim.SGD(others, lr=0.1), torch.optim.SGD(thresholds, lr=0.1)) == []
-
-
-def test_what_is_no_optimizer_is_refused() -> None:
-    model = sparse_mlp()
-    scheduler = torch.optim.lr_scheduler.StepLR(sgd(model), 1)
-    with pytest.raises(TypeError, match="StepLR"):
-        GradientAnnealing(model, 10, scheduler)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("groups", ["plain", "split", "param_groups", "frozen"])
-def test_an_optimizer_that_holds_all_that_is_trained_is_not_warned_of(groups: str) -> None:
-    model = sparse_mlp()
-    parameters = list(model.parameters())
-    if groups == "frozen":
-        for p in (model[0]._parameters["weight"], model[0]._parameters["weight_threshold"]):
-            p.requires_grad_(False)
-        optimizer = torch.optim.SGD([p for p in parameters if p.requires_grad], lr=0.1)
-    elif groups == "split":
-        optimizer = torch.optim.SGD([{"params": parameters[:3]}, {"params": parameters[3:]}], lr=0.1)
-    elif groups == "param_groups":
-        optimizer = torch.optim.SGD(autosparse_fx.param_groups(model), lr=0.1)
-    else:
-        optimizer = torch.optim.SGD(parameters, lr=0.1)
-    assert messages_of_two_steps(model, optimizer) == []
 
 
 # state

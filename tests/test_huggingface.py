@@ -154,6 +154,15 @@ def test_tie_weights_inside_keeps_one_threshold(name: str) -> None:
     assert torch.equal(logits(model), expected)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_tie_weights_outside_names_the_weight_and_the_cure(name: str) -> None:
+    model = sparsify(MODELS[name](), CONFIG)
+    expected = logits(model.eval())
+    with pytest.raises((RuntimeError, TypeError), match=r"weight '.*' \[40, 16\] of .* is masked.*dense_weights"):
+        model.tie_weights()
+    assert torch.equal(logits(model), expected)
+
+
 def test_tie_weights_inside_ties_what_was_not() -> None:
     model = sparsify(llama(tied=False), CONFIG)
     assert "model.embed_tokens.weight" not in masked_names(model)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from autosparse_fx import AutoSparse, sparsify
-from autosparse_fx._compat import inductor_option_names
+from autosparse_fx._compat.inductor import inductor_option_names
 from autosparse_fx.hidden.masks import Request, hidden_mask
 from autosparse_fx.joint import JointPasses
 from autosparse_fx.options import ONE_LINE_OPTIONS, Options, parse_options

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils.weak import WeakIdKeyDictionary
 
-from autosparse_fx import _compat
-from autosparse_fx._compat import TorchDispatchMode, tree_leaves
+from autosparse_fx._compat import dynamo_graphs, eager
+from autosparse_fx._compat.eager import TorchDispatchMode, tree_leaves
 from autosparse_fx.capture import Capture, CapturedGraph, capture
 from autosparse_fx.flops.formulas import LAYERS, POOLING, PRODUCTS, Formula, Term, size
 from autosparse_fx.flops.model import ModelFlops
@@ -68,13 +68,13 @@ def _count_graph(graph: CapturedGraph, index: int) -> list[Product]:
     """The products of one graph, with weights by the names of their nodes: each call has weights of its own."""
     placeholders = [node for node in graph.gm.graph.nodes if node.op == "placeholder"]
     inputs = [node.meta.get("example_value") for node in placeholders]
-    fake_mode = next((value.fake_mode for value in inputs if isinstance(value, _compat.FakeTensor)), None)
+    fake_mode = next((value.fake_mode for value in inputs if isinstance(value, dynamo_graphs.FakeTensor)), None)
     if fake_mode is None:  # no tensors
         return []
     recorder = _Recorder(index)
     for node, value in zip(placeholders, inputs, strict=True):
         recorder.start(node.name, value, data=node.name not in graph.calls[0])
-    with fake_mode, _compat.python_dispatcher(), torch.inference_mode(False), torch.enable_grad(), recorder:
+    with fake_mode, eager.python_dispatcher(), torch.inference_mode(False), torch.enable_grad(), recorder:
         _Runner(graph.gm, recorder, fake_mode).run(*inputs, enable_io_processing=False)
     return recorder.products
 
@@ -93,7 +93,7 @@ class _Runner(Interpreter):
             self._recorder.node = n
             self._recorder.grad_enabled = self._has_backward or torch.is_grad_enabled()
         value = super().run_node(n)
-        if n.op == "get_attr" and isinstance(value, Tensor) and not isinstance(value, _compat.FakeTensor):
+        if n.op == "get_attr" and isinstance(value, Tensor) and not isinstance(value, dynamo_graphs.FakeTensor):
             value = self._fake_mode.from_tensor(value)
             self._recorder.start(n.name, value, data=False)
         return value
@@ -102,14 +102,14 @@ class _Runner(Interpreter):
         formula = LAYERS.get(target) or POOLING.get(target)
         if formula is not None:
             return self._call_layer(formula, target, args, kwargs)
-        if isinstance(target, _compat.HigherOrderOperator):
+        if isinstance(target, dynamo_graphs.HigherOrderOperator):
             return self._call_subgraphs(args)
         return super().call_function(target, args, kwargs)
 
     def _call_layer(self, formula: Formula, target: Any, args: Any, kwargs: Any) -> Any:
         recorder = self._recorder
         assert recorder.node is not None
-        if isinstance(target, _compat.HigherOrderOperator):
+        if isinstance(target, dynamo_graphs.HigherOrderOperator):
             out = recorder.node.meta["example_value"]
         else:
             recorder.paused = True
@@ -155,7 +155,7 @@ def _refuse_fixed_sizes(captured: Capture) -> None:
             shape = getattr(node.meta.get("example_value"), "shape", ()) if node.op == "placeholder" else ()
             for dim in shape:
                 name = captured.names.get(dim.node.expr) if isinstance(dim, torch.SymInt) else None
-                if name is not None and _compat.is_fixed(dim, captured.sizes[name]):
+                if name is not None and dynamo_graphs.is_fixed(dim, captured.sizes[name]):
                     raise ValueError(
                         f"the model fixes {name!r} to {captured.sizes[name]}: leave it out of dynamic_shapes"
                     )
@@ -262,4 +262,4 @@ def _readable(expression: sympy.Expr) -> sympy.Expr:
 def module_path(node: Node) -> str:
     """Where a node stands in the model, such as "layer1.0.conv1"; empty in the model's own forward."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
-    return _compat.module_name(stack[-1][0]) if stack else ""
+    return dynamo_graphs.module_name(stack[-1][0]) if stack else ""

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from autosparse_fx import _compat
+from autosparse_fx._compat import dynamo
 from autosparse_fx.hidden.registration import unmasked_in
 from autosparse_fx.options import parse_options
 from autosparse_fx.ownership import live_objects
@@ -35,11 +35,11 @@ _calls = _Calls()
 
 def calls() -> int:
     """A number that changes when ``torch.compile`` is given options for this backend."""
-    backends = _compat.compiling_backends()
+    backends = dynamo.compiling_backends()
     latest = backends[next(reversed(backends))] if backends else None
     if len(backends) != _calls.count or latest is not _calls.latest:
         _calls.count, _calls.latest = len(backends), latest
-        given = [(backend, _compat.backend_arguments(backend, "autosparse")) for backend in list(backends.values())]
+        given = [(backend, dynamo.backend_arguments(backend, "autosparse")) for backend in list(backends.values())]
         asking = [backend for backend, arguments in given if arguments and arguments.get("options")]
         if list(map(id, asking)) != list(map(id, _calls.asking)):
             _calls.asking = asking
@@ -76,7 +76,7 @@ def _compiled() -> Iterator[tuple[Callable[..., Any], dict[str, Any]]]:
     closures = [weakref.ref(o) for o in live_objects() if type(o) is FunctionType and o.__closure__]
     for reference in closures:
         closure = reference()
-        compiled = None if closure is None else _compat.compiled_by(closure, "autosparse")
+        compiled = None if closure is None else dynamo.compiled_by(closure, "autosparse")
         if compiled is not None and compiled[1].get("options"):
             yield compiled
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from autosparse_fx._compat import FakeTensor, placeholder_parameter
+from autosparse_fx._compat.dynamo_graphs import FakeTensor, placeholder_parameter
 from autosparse_fx.hidden import masks, registration
 from autosparse_fx.hidden.masks import HiddenMask, Request
 from autosparse_fx.passes.find_weights import find_weights

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from autosparse_fx import _compat
+from autosparse_fx._compat import aot_autograd
 from autosparse_fx.capture import run_captured
 from autosparse_fx.inference import module_state
 from autosparse_fx.kernels.choice import CHOICE, Choice
@@ -57,7 +57,7 @@ def layers(model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any] |
 
     def backend(gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         state = module_state(gm)
-        graph = _compat.inference_graph(gm)
+        graph = aot_autograd.inference_graph(gm)
         if graph is not None:
             graph = with_constants(graph, state)
             by_constant = {f"constant_{number}": names.get(id(tensor), "") for number, tensor in state.items()}

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from autosparse_fx import _compat
+from autosparse_fx._compat import inductor
 from autosparse_fx.kernels.executable import executable
 from autosparse_fx.kernels.steps import Machine
 
@@ -40,7 +40,7 @@ class KernelLibrary:
     def __init__(self) -> None:
         self._homes: dict[bytes, Tensor] = {}
         self.source = _source()
-        self._functions = _compat.compile_cpp(self.source)
+        self._functions = inductor.compile_cpp(self.source)
         self._run = self._functions.run_sparse_program
         self._run.restype = ctypes.c_bool
         pointer, number = ctypes.c_void_p, ctypes.c_int64

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from autosparse_fx import _compat
+from autosparse_fx._compat import inductor
 
 
 def remembered(kind: str, key: bytes, measure: Callable[[], Any]) -> Any:
@@ -25,7 +25,7 @@ def remembered(kind: str, key: bytes, measure: Callable[[], Any]) -> Any:
     """
     machine = repr((_processor(), os.cpu_count(), torch.get_num_threads()))
     name = hashlib.sha256(machine.encode() + key).hexdigest()
-    path = _compat.inductor_cache_dir() / "autosparse_fx" / kind / f"{name}.json"
+    path = inductor.inductor_cache_dir() / "autosparse_fx" / kind / f"{name}.json"
     if path.is_file():
         return json.loads(path.read_text())
     found = measure()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.fx import Graph
 from torch.fx.node import map_arg
 
-from autosparse_fx import _compat
+from autosparse_fx._compat import aot_autograd
 from autosparse_fx.capture import Capture, CapturedGraph, capture
 from autosparse_fx.passes import JOINT_PASSES
 from autosparse_fx.passes.insert_masks import STATE
@@ -85,7 +85,7 @@ def _forward(
 
 
 def _with_backward(captured: CapturedGraph, kind: str, layers: Sequence[LayerReport]) -> dict[str, nx.DiGraph]:
-    joint = _compat.joint_graph(captured.rewritten)
+    joint = aot_autograd.joint_graph(captured.rewritten)
     if joint is None:
         return {}
     names, inputs = _names_of_primals(captured, joint.graph)
@@ -94,7 +94,7 @@ def _with_backward(captured: CapturedGraph, kind: str, layers: Sequence[LayerRep
         if version == "after":
             for joint_pass in JOINT_PASSES:
                 joint_pass(joint)
-        graph = _compat.cut_joint_graph(joint)[1].graph if kind == "backward" else joint.graph
+        graph = aot_autograd.cut_joint_graph(joint)[1].graph if kind == "backward" else joint.graph
         made[version] = to_networkx(
             graph,
             names=names,

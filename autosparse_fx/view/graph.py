@@ -11,7 +11,7 @@ import networkx as nx
 import torch
 from torch.fx import Graph, Node
 
-from autosparse_fx import _compat
+from autosparse_fx._compat import dynamo_graphs
 from autosparse_fx.passes.insert_masks import FIELDS, MASK, STATE
 from autosparse_fx.report import LayerReport
 from autosparse_fx.view.names import input_name, short_name, source_line, target_name
@@ -188,7 +188,7 @@ def _prefix(graph: Graph, names: Mapping[str, str]) -> str:
     for node in graph.nodes:
         stack = node.meta.get("nn_module_stack")
         if node.name in names and stack:
-            inside = _compat.module_name(next(reversed(stack.values()))[0])
+            inside = dynamo_graphs.module_name(next(reversed(stack.values()))[0])
             owner = names[node.name].rpartition(".")[0]
             if owner == inside or owner.endswith(f".{inside}") or not inside:
                 prefixes[owner.removesuffix(inside).rstrip(".")] += 1
@@ -201,7 +201,7 @@ def _modules_of(node: Node, prefix: str, backward: bool) -> dict[str, Module]:
     found: dict[str, Module] = {}
     entries = [("", prefix, "")] if prefix and stack else []
     for key, (path, module_type) in stack.items():
-        inside = _compat.module_name(str(path))
+        inside = dynamo_graphs.module_name(str(path))
         full = ".".join(part for part in (prefix, inside) if part)
         type_name = module_type.__name__ if inspect.isclass(module_type) else str(module_type).rpartition(".")[2]
         if full == prefix and entries:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
-from autosparse_fx._compat import inference_graph
+from autosparse_fx._compat.aot_autograd import inference_graph
 from autosparse_fx.inference import module_state
 from autosparse_fx.kernels.choice import CHOICE, Choice
 from autosparse_fx.passes.constants import with_constants

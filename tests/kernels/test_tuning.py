@@ -8,7 +8,7 @@ import pytest
 import torch
 from kernels.compare import Net, assert_close, machine, run_guarded
 
-from autosparse_fx import _compat
+from autosparse_fx._compat import inductor
 from autosparse_fx.kernels import tuning
 from autosparse_fx.kernels.library import library
 from autosparse_fx.kernels.program import assemble
@@ -68,7 +68,7 @@ def test_every_step_is_timed() -> None:
 
 
 def test_what_was_measured_is_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(_compat, "inductor_cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(inductor, "inductor_cache_dir", lambda: tmp_path)
     work = task(net(False), batch=4)
     found = tuned_layouts(work, library())
     assert len(found) == len(work.steps) and all(isinstance(layout, Layout) for layout in found)

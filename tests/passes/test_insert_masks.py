@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
-from autosparse_fx import AutoSparse, _compat
-from autosparse_fx._compat import placeholder_parameter
+from autosparse_fx import AutoSparse
+from autosparse_fx._compat import dynamo_graphs
+from autosparse_fx._compat.dynamo_graphs import placeholder_parameter
 from autosparse_fx.hidden.graph import mark_weights
 from autosparse_fx.hidden.masks import Request
 from autosparse_fx.passes import dedupe_masks, insert_masks
@@ -43,7 +44,7 @@ def capture(model: nn.Module, specs: Mapping[str, MaskSpec] | Request, x: Tensor
     graphs: list[GraphModule] = []
 
     def backend(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        graphs.append(_compat.copy_dynamo_graph(gm))
+        graphs.append(dynamo_graphs.copy_dynamo_graph(gm))
         if isinstance(specs, Request):
             mark_weights(graphs[-1], specs)
             return gm.forward
@@ -296,7 +297,7 @@ def test_weight_of_checkpointed_blocks_is_masked_once_and_outside() -> None:
     (mask,) = masks(gm)
     assert [block.code for block in blocks] == code
     assert len(mask.users) == 3
-    assert mask.next in mask.users and isinstance(mask.next.target, _compat.HigherOrderOperator)
+    assert mask.next in mask.users and isinstance(mask.next.target, dynamo_graphs.HigherOrderOperator)
     verify_masked_graph(gm, deduped=True)
 
 

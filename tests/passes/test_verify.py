@@ -13,7 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from autosparse_fx import AutoSparse, sparsify
-from autosparse_fx._compat import set_grad_enabled
+from autosparse_fx._compat.dynamo_graphs import set_grad_enabled
 from autosparse_fx.passes import insert_masks, tag_recompute
 from autosparse_fx.passes.insert_masks import STATE, WEIGHT, MaskSpec
 from autosparse_fx.passes.verify import verify_masked_graph

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from autosparse_fx import AutoSparse, _compat
+from autosparse_fx import AutoSparse
+from autosparse_fx._compat import dynamo_graphs
 from autosparse_fx.hidden.graph import mark_weights
 from autosparse_fx.hidden.masks import Request, hidden_mask
 from autosparse_fx.hidden.registration import undone_on_error
@@ -42,7 +43,7 @@ def capture(model: nn.Module, config: AutoSparse) -> GraphModule:
     graphs: list[GraphModule] = []
 
     def backend(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        graphs.append(_compat.copy_dynamo_graph(gm))
+        graphs.append(dynamo_graphs.copy_dynamo_graph(gm))
         with undone_on_error():
             mark_weights(graphs[-1], Request(config, 10))
         return gm.forward

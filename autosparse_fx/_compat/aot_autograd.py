@@ -1,0 +1,77 @@
+"""Private parts of AOTAutograd: the graphs that it makes of Dynamo's."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from autosparse_fx._compat.dynamo_graphs import FakeTensor, copy_dynamo_graph, copy_graph_module, graph_inputs
+
+
+def joint_graph(gm: GraphModule) -> GraphModule | None:
+    """The graph of forward and backward together that AOTAutograd makes of a Dynamo graph, with its metadata, or None
+    where nothing needs a gradient. 2.11-2.15.
+
+    Without decompositions: one node for an operation that autograd knows, where Inductor would break it up.
+    """
+    from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_compiler
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    found: list[GraphModule] = []
+
+    def partition(joint: GraphModule, inputs: Any, **kwargs: Any) -> Any:
+        found.append(copy_graph_module(joint))
+        found[0].meta["partition"] = (inputs, kwargs)
+        return min_cut_rematerialization_partition(joint, inputs, **kwargs)
+
+    compiler = make_boxed_compiler(lambda graph, _: graph.forward)
+    values = graph_inputs(gm)
+    with torch.enable_grad(), tracing_again(values):
+        aot_module_simplified(
+            copy_dynamo_graph(gm), values, fw_compiler=compiler, bw_compiler=compiler, partition_fn=partition
+        )
+    return found[0] if found else None
+
+
+def cut_joint_graph(joint: GraphModule) -> tuple[GraphModule, GraphModule]:
+    """Cut what :func:`joint_graph` gave in two: the forward and the backward graph. 2.11-2.15."""
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    inputs, kwargs = joint.meta["partition"]
+    return min_cut_rematerialization_partition(copy_graph_module(joint), inputs, **kwargs)
+
+
+def inference_graph(gm: GraphModule) -> GraphModule | None:
+    """The functional graph of ATen operators that AOTAutograd makes of a Dynamo graph under no_grad, not decomposed.
+
+    Its placeholders are those of the Dynamo graph, in order, and so are its outputs. None where that cannot be: where
+    the graph writes to an input. 2.11-2.15.
+    """
+    from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_compiler
+    from torch._guards import TracingContext
+
+    found: list[GraphModule] = []
+
+    def keep(graph: GraphModule, _: Any) -> Callable[..., Any]:
+        found.append(copy_graph_module(graph))
+        return graph.forward
+
+    compiler = make_boxed_compiler(keep)
+    inputs = graph_inputs(gm)
+    with tracing_again(inputs):
+        aot_module_simplified(
+            copy_dynamo_graph(gm), inputs, fw_compiler=compiler, bw_compiler=compiler, inference_compiler=compiler
+        )
+        metadata = TracingContext.get().fw_metadata
+    if len(found) != 1 or metadata is None or metadata.mutated_inp_runtime_indices or metadata.num_intermediate_bases:
+        return None
+    return found[0]
+
+
+def tracing_again(inputs: Sequence[Any]) -> Any:
+    """Within it a graph is traced and compiled apart from any compilation, for fake inputs of one. 2.11-2.15."""
+    from torch._guards import TracingContext, tracing
+
+    modes = [value.fake_mode for value in inputs if isinstance(value, FakeTensor)]
+    return tracing(TracingContext(modes[0] if modes else None))

@@ -1,0 +1,165 @@
+"""A masked module is copied, pickled and called functionally as a dense one is."""
+
+import copy
+import io
+import pickle
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import reference
+import torch
+from masked_models import CONFIG, IDS, Everything, alphas, assert_same, sparse_model
+from torch import nn
+from torch.func import functional_call
+
+from autosparse_fx import AutoSparse, GradientAnnealing, finalize, sparsify
+
+# Copies.
+
+
+def through_pickle(model: nn.Module, protocol: int) -> nn.Module:
+    return pickle.loads(pickle.dumps(model, protocol=protocol))  # type: ignore[no-any-return]
+
+
+def through_torch_save(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)  # type: ignore[no-any-return]
+
+
+COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "deepcopy": copy.deepcopy,
+    "torch.save": through_torch_save,
+    **{f"pickle {p}": lambda m, p=p: through_pickle(m, p) for p in range(pickle.HIGHEST_PROTOCOL + 1)},  # type: ignore[misc]
+    "deepcopy of a pickle": lambda m: copy.deepcopy(through_pickle(m, 4)),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_copy_is_equal_and_independent(name: str) -> None:
+    model = sparse_model()
+    made = COPIES[name](model)
+    assert made is not model
+    assert_same(made, model)
+    assert [type(m) for m in made.modules()] == [type(m) for m in model.modules()]
+    expected = model(IDS).detach()
+    with torch.no_grad():
+        for t in (*made.parameters(), *made.buffers()):
+            t.add_(1)
+    assert torch.equal(model(IDS), expected)
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_copy_keeps_what_was_shared(name: str) -> None:
+    model = COPIES[name](sparse_model())
+    assert len(alphas(model)) == 1
+    assert model.embed.weight_threshold is model.head.weight_threshold
+    assert model.embed.weight_offset is model.head.weight_offset
+    assert model.embed._parameters["weight"] is model.head._parameters["weight"]
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_copy_can_be_trained_annealed_and_finalized(name: str) -> None:
+    model = sparse_model(AutoSparse(target_sparsity=None, alpha=0.5))
+    made = COPIES[name](model).train()
+    optimizer = torch.optim.SGD(made.parameters(), lr=0.1)
+    annealer = GradientAnnealing(made, 4, optimizer)
+    made(IDS).square().sum().backward()
+    optimizer.step()
+    assert [a.item() for a in alphas(made)] == [pytest.approx(annealer.alpha)]
+    assert [a.item() for a in alphas(model)] == [0.5]
+    finalize(made)
+    assert list(made.state_dict()) == list(Everything().state_dict())
+    assert len(alphas(model)) == 1  # the original is still sparse
+
+
+def test_copy_of_a_submodule_stands_on_its_own() -> None:
+    model = sparse_model()
+    conv = copy.deepcopy(model.conv)
+    x = torch.randn(1, 8, 6)
+    assert torch.equal(conv(x), model.conv(x))
+    finalize_quietly(conv)
+    assert type(conv) is nn.Conv1d and type(model.conv) is not nn.Conv1d
+
+
+def finalize_quietly(model: nn.Module) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        finalize(model)
+
+
+# Assignment and functional calls.
+
+
+def test_assigned_parameter_becomes_the_stored_weight() -> None:
+    model = sparsify(nn.Linear(6, 4), CONFIG)
+    new = nn.Parameter(torch.randn(4, 6))
+    model.weight = new
+    assert model._parameters["weight"] is new and dict(model.named_parameters())["weight"] is new
+    _, _, _, s = next(reference.masked_parameters(model))
+    assert torch.equal(model.weight == 0, new.abs() <= torch.sigmoid(s))
+
+
+def test_assigned_parameter_of_a_recurrent_layer_becomes_the_stored_weight() -> None:
+    model = sparsify(nn.LSTM(4, 3), CONFIG)
+    new = nn.Parameter(torch.zeros(12, 4))
+    model.weight_ih_l0 = new
+    assert model._parameters["weight_ih_l0"] is new
+    x = torch.randn(5, 2, 4)
+    assert torch.equal(model(x)[0], model(-x)[0])  # the input has no influence any more
+
+
+@pytest.mark.parametrize("value", [torch.ones(4, 6), 3.0], ids=["tensor", "number"])
+def test_assigned_tensor_is_refused_by_name(value: Any) -> None:
+    model = sparsify(nn.Linear(6, 4), CONFIG)
+    before = model._parameters["weight"]
+    with pytest.raises((TypeError, RuntimeError), match="weight"):
+        model.weight = value
+    assert model._parameters["weight"] is before
+
+
+def test_deleting_a_masked_weight_is_refused_by_name() -> None:
+    model = sparsify(nn.Sequential(nn.Linear(6, 4)), CONFIG)
+    with pytest.raises(RuntimeError, match=r"weight '0\.weight' \[4, 6\] of Linear is masked"):
+        del model[0].weight
+    assert "weight" in model[0]._parameters
+    del model[0].bias  # what is not masked can go
+
+
+def test_functional_call_masks_the_parameters_that_it_is_given() -> None:
+    model = sparse_model()
+    others = {name: torch.randn_like(t) if t.is_floating_point() else t for name, t in model.state_dict().items()}
+    for name in others:
+        if name.endswith("_offset"):
+            others[name] = torch.full_like(others[name], -2.0)
+        elif name.endswith("running_var"):
+            others[name] = others[name].abs() + 0.5
+    for name in ("weight", "weight_threshold", "weight_offset"):
+        others[f"head.{name}"] = others[f"embed.{name}"]
+    expected = copy.deepcopy(model)
+    expected.load_state_dict(others)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    torch.testing.assert_close(functional_call(model, others, (IDS,)), expected(IDS))
+    for name, t in model.state_dict().items():
+        assert torch.equal(t, before[name]), name
+
+
+def test_func_grad_gives_the_gradients_of_backward() -> None:
+    model = sparsify(reference.mlp(), CONFIG)
+    x = torch.randn(3, 16)
+    model(x).square().sum().backward()
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    grads = torch.func.grad(lambda p: functional_call(model, p, (x,)).square().sum())(parameters)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(grads[name], p.grad, msg=name)
+
+
+def test_vmap_over_an_ensemble_masks_each_member_by_its_own_thresholds() -> None:
+    members = [sparsify(reference.mlp(), AutoSparse(threshold_init=-2.0 - i)) for i in range(3)]
+    state = torch.func.stack_module_state(members)
+    x = torch.randn(4, 16)
+    found = torch.func.vmap(lambda p, b: functional_call(members[0], (p, b), (x,)))(*state)
+    torch.testing.assert_close(found, torch.stack([m(x) for m in members]))

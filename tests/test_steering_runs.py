@@ -1,0 +1,167 @@
+"""Whole trainings that are steered: nothing runs away, and they resume."""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import reference
+import torch
+from steered_training import LOGIT_OF_MAX_CUT, POINT, adam, assert_target, multiply, sgd, train
+from torch import Tensor, nn
+
+import autosparse_fx
+from autosparse_fx import AutoSparse, GradientAnnealing
+
+# nothing runs away
+
+
+@pytest.mark.parametrize(
+    "make_optimizer", [lambda p: sgd(p, lr=0.3), lambda p: torch.optim.Adam(p, lr=0.02)], ids=["sgd", "adam"]
+)
+def test_nothing_runs_away_over_hundreds_of_aggressive_steps(
+    make_optimizer: Callable[[Any], torch.optim.Optimizer],
+) -> None:
+    """Batch norm lets the weights grow without limit, and the cuts with them."""
+    highest, emptiest = [], []
+
+    def look(annealer: GradientAnnealing) -> None:
+        if annealer.steps % 10 == 0:
+            highest.append(max(float(logit.max()) for logit in autosparse_fx.thresholds(model).values()))
+            emptiest.append(max(reference.layer_sparsities(model).values()))
+
+    model = reference.ConvNet(8)
+    train(model, AutoSparse(target_sparsity=0.9), make_optimizer, steps=400, shape=(1, 8, 8), after_step=look)
+    assert max(highest) < LOGIT_OF_MAX_CUT + 0.2
+    assert max(emptiest) < 1.0
+    assert max(reference.layer_sparsities(model).values()) <= 0.99 + 1e-6
+    assert_target(model, 0.9)
+
+
+def test_an_error_made_once_is_gone_at_the_next_shift() -> None:
+    model = autosparse_fx.sparsify(reference.mlp(), AutoSparse(target_sparsity=0.8, ramp_end=0.01))
+    optimizer = sgd(model.parameters(), lr=0.01)
+    GradientAnnealing(model, 50, optimizer)
+    batches = reference.classification_batches(50)
+    for disturbance in (3.0, -3.0, 8.0, -8.0):
+        with torch.no_grad():
+            for i in (0, 2, 4):
+                model[i]._buffers["weight_offset"].add_(disturbance)
+        assert abs(reference.total_sparsity(model) - 0.8) > 0.1
+        reference.train(model, optimizer, (next(batches) for _ in range(1)))
+        assert_target(model, 0.8)
+
+
+# resuming
+
+
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+def test_a_resumed_training_is_the_uninterrupted_one_to_the_last_bit(granularity: str) -> None:
+    config = AutoSparse(target_sparsity=0.9, granularity=granularity)
+    steps = 60
+
+    def build() -> tuple[nn.Module, torch.optim.Optimizer, GradientAnnealing]:
+        torch.manual_seed(3)
+        model = autosparse_fx.sparsify(reference.mlp(), config)
+        optimizer = adam(model.parameters())
+        return model, optimizer, GradientAnnealing(model, steps, optimizer)
+
+    model, optimizer, annealer = build()
+    batches = list(reference.classification_batches(steps))
+    reference.train(model, optimizer, iter(batches[:25]))
+    saved = copy.deepcopy([model.state_dict(), optimizer.state_dict(), annealer.state_dict()])
+    reference.train(model, optimizer, iter(batches[25:]))
+
+    torch.manual_seed(99)
+    resumed = autosparse_fx.sparsify(reference.mlp(), config)
+    resumed_optimizer = adam(resumed.parameters())
+    resumed_annealer = GradientAnnealing(resumed, steps, resumed_optimizer)
+    for target, state in zip((resumed, resumed_optimizer, resumed_annealer), saved, strict=True):
+        target.load_state_dict(state)
+    reference.train(resumed, resumed_optimizer, iter(batches[25:]))
+
+    expected = model.state_dict()
+    assert set(resumed.state_dict()) == set(expected)
+    for name, value in resumed.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    assert_target(resumed, 0.9, 0.1 * POINT)
+
+
+@pytest.mark.parametrize("zeroed", [[], ["head.weight", "head.bias"]], ids=["ordinary", "zero head"])
+def test_resuming_is_the_same_whether_the_model_is_loaded_before_or_after_its_annealer(zeroed: list[str]) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(3)
+        return autosparse_fx.sparsify(multiply(reference.Residual(), dict.fromkeys(zeroed, 0.0)))
+
+    model = build()
+    optimizer = adam(model.parameters())
+    GradientAnnealing(model, 60, optimizer)
+    reference.train(model, optimizer, reference.classification_batches(25))
+    saved = copy.deepcopy(model.state_dict())
+
+    resumed = build()
+    resumed.load_state_dict(saved)
+    GradientAnnealing(resumed, 60, adam(resumed.parameters()))
+    for name, value in resumed.state_dict().items():
+        assert torch.equal(value, saved[name]), name
+
+
+def test_a_second_annealer_leaves_trained_thresholds_where_they_are() -> None:
+    model = autosparse_fx.sparsify(multiply(reference.Residual(), {"head.weight": 0.0}))
+    optimizer = adam(model.parameters())
+    GradientAnnealing(model, 60, optimizer)
+    reference.train(model, optimizer, reference.classification_batches(25))
+    before = copy.deepcopy(model.state_dict())
+    GradientAnnealing(model, 30, optimizer)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+# end to end
+
+
+def test_digits_train_to_ninety_percent_zeros_without_loss_worth_naming() -> None:
+    datasets = pytest.importorskip("sklearn.datasets")
+    images, labels = datasets.load_digits(return_X_y=True)
+    x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
+    y = torch.tensor(labels)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    held_out, training = order[:450], order[450:]
+    epochs, size = 20, 64
+    steps = epochs * (len(training) // size)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(epochs):
+            shuffled = training[torch.randperm(len(training), generator=generator)]
+            for start in range(0, len(shuffled) - size + 1, size):
+                index = shuffled[start : start + size]
+                yield x[index], y[index]
+
+    def accuracy(model: nn.Module) -> float:
+        with torch.no_grad():
+            return float((model.eval()(x[held_out]).argmax(1) == y[held_out]).float().mean())
+
+    def run(config: AutoSparse | None) -> nn.Module:
+        torch.manual_seed(0)
+        model = reference.ConvNet(16, outputs=10)
+        if config is not None:
+            autosparse_fx.sparsify(model, config)
+        optimizer = sgd(model.parameters())
+        if config is not None:
+            GradientAnnealing(model, steps, optimizer)
+        reference.train(model, optimizer, batches())
+        return model
+
+    dense, sparse = run(None), run(AutoSparse(target_sparsity=0.9))
+    assert_target(sparse, 0.9, 0.5 * POINT)
+    assert accuracy(dense) > 0.97
+    assert accuracy(sparse) > accuracy(dense) - 0.01
+
+    expected = sparse.eval()(x[held_out]).detach()
+    finalized = autosparse_fx.finalize(sparse)
+    assert torch.equal(finalized(x[held_out]), expected)
+    assert set(finalized.state_dict()) == set(dense.state_dict())
+    zeros = sum(int((m.weight == 0).sum()) for m in (finalized.conv1, finalized.conv2, finalized.fc))
+    numel = sum(m.weight.numel() for m in (finalized.conv1, finalized.conv2, finalized.fc))
+    assert zeros / numel == pytest.approx(0.9, abs=0.5 * POINT)
