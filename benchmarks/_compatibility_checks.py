@@ -48,6 +48,7 @@ class Checks:
         self.losses: list[float] = []
         self.masked: set[str] = set()
         self.trained: Case
+        self.plain: tuple[list[Any], list[str]]  # of the dense model: its classes and its keys
 
     def run(self) -> dict[str, Any]:
         case = self.build()
@@ -82,13 +83,10 @@ class Checks:
         self.save(self.found)
         return self.passed(name)
 
-    def prepared(self) -> Case:
-        case = self.build()
-        autosparse_fx.sparsify(case.model, CONFIG, example_inputs=case.inputs)
-        return case
-
     def sparsify(self) -> dict[str, Any]:
-        self.trained = self.prepared()
+        case = self.build()
+        self.plain = described(case.model)
+        self.trained = prepared(case)
         self.masked = set(autosparse_fx.thresholds(self.trained.model))
         layers = autosparse_fx.report(self.trained.model).layers
         self.found["masked"] = sum(layer.numel for layer in layers)
@@ -100,23 +98,21 @@ class Checks:
         return {"losses": self.losses}
 
     def state(self) -> dict[str, Any]:
-        other = self.prepared()
+        other = prepared(self.build())
         other.model.load_state_dict(self.trained.model.state_dict())
         expect_equal(outputs(other), outputs(self.trained), "outputs of the loaded model")
         return {}
 
     def finalize(self) -> dict[str, Any]:
-        model, dense = self.trained.model, self.build().model
+        model = self.trained.model
         before = outputs(self.trained)
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
             autosparse_fx.finalize(model)
         expect_equal(outputs(self.trained), before, "outputs of the finalized model")
-        kinds = {name: type(module) for name, module in model.named_modules()}
-        if kinds != {name: type(module) for name, module in dense.named_modules()}:
-            raise Mismatch("the finalized model has other classes than the dense one")
-        if list(model.state_dict()) != list(dense.state_dict()):
-            raise Mismatch("the finalized model has other keys than the dense one")
+        for what, found, expected in zip(("classes", "keys"), described(model), self.plain, strict=True):
+            if found != expected:
+                raise Mismatch(f"the finalized model has other {what} than the dense one")
         expect_target(model)
         return {}
 
@@ -127,7 +123,7 @@ class Checks:
         return {}
 
     def compiled(self) -> dict[str, Any]:
-        case = self.prepared()
+        case = prepared(self.build())
         losses, graphs = train(case, torch.compile(case.model, backend="autosparse"))
         return {**compared(losses, self.losses), **graphs}
 
@@ -151,6 +147,11 @@ class Checks:
         return {**compared(losses, eager), **graphs}
 
 
+def prepared(case: Case) -> Case:
+    autosparse_fx.sparsify(case.model, CONFIG, example_inputs=case.inputs)
+    return case
+
+
 def train(case: Case, call: Callable[..., Any], prepared: bool = True) -> tuple[list[float], dict[str, int]]:
     """The losses of STEPS steps, and how many graphs the first of them compiled."""
     optimizer = torch.optim.SGD(case.model.parameters(), lr=RATE, momentum=0.9)
@@ -167,6 +168,8 @@ def train(case: Case, call: Callable[..., Any], prepared: bool = True) -> tuple[
     assert annealer is None or annealer.steps == STEPS
     if not all(map(math.isfinite, losses)):
         raise Mismatch(f"the losses are {losses}")
+    if call is not case.model and graphs[0] == 0:
+        raise Mismatch("nothing was compiled")
     if graphs[-1] != graphs[0]:
         raise Mismatch(f"after the first step with {graphs[0]} graphs {graphs[-1] - graphs[0]} more were compiled")
     return losses, {"graphs": graphs[0]}
@@ -179,6 +182,10 @@ def outputs(case: Case) -> list[Tensor]:
     found = [t for t in tree_leaves(case.model(**case.inputs)) if isinstance(t, Tensor)]
     case.model.train()
     return found
+
+
+def described(model: nn.Module) -> tuple[list[Any], list[str]]:
+    return [(name, type(module)) for name, module in model.named_modules()], list(model.state_dict())
 
 
 def expect_equal(found: list[Tensor], expected: list[Tensor], what: str) -> None:
