@@ -5,7 +5,7 @@ Slow (a walk over all live objects), and used once per compiled graph at most.
 
 import gc
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from autosparse_fx.selection import collect
 
-_finalized = WeakIdKeyDictionary()
+_finalized = WeakIdKeyDictionary()  # parameters of finalized models, and whether they were masked in them
 _no_owners: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
@@ -28,10 +28,16 @@ class Place:
     scope: nn.Module  # what was given to torch.compile: a part of ``root``, or all of it
 
 
-def remember_finalized(parameters: Iterable[Tensor]) -> None:
-    """Note that these parameters are of a model that was sparse: to tune it further is no mistake."""
+def remember_finalized(parameters: Iterable[Tensor], masked: Collection[int]) -> None:
+    """Note that these parameters, of which those with the ids ``masked`` were, are of a model that was sparse: to tune
+    it further is no mistake."""
     for parameter in parameters:
-        _finalized[parameter] = True
+        _finalized[parameter] = id(parameter) in masked
+
+
+def was_masked(parameter: Tensor) -> bool:
+    """Whether the parameter was masked in a model that was finalized."""
+    return _finalized.get(parameter, False)  # type: ignore[no-any-return]
 
 
 def holds_only_for_us(module: nn.Module) -> None:

@@ -13,6 +13,7 @@ from autosparse_fx.consistency import refuse_broken_ties
 from autosparse_fx.hidden.masks import all_masked_modules, hidden_masks
 from autosparse_fx.history import History
 from autosparse_fx.masked import MaskedModule, full_logit, mask_state, masked_value, stored_weight
+from autosparse_fx.ownership import was_masked
 from autosparse_fx.plan import Plan, Slot
 from autosparse_fx.selection import Candidate, collect, reason, refuse_lazy_parameters
 from autosparse_fx.sparsity_report import UNITS, Cost, LayerReport, SparsityReport
@@ -34,7 +35,7 @@ def report(
     """Count the zeros of every weight of ``model``, as its layers read them, and what they save.
 
     Works on a sparse model, on a finalized one and on a dense one; tied weights are counted once. On a model that is
-    not prepared the weights of the known layer classes are listed.
+    not prepared the weights of the known layer classes are listed, and what was masked before it was finalized.
 
     Args:
         model: in the mode in which it is to be counted.
@@ -101,7 +102,7 @@ def _count_zeros(model: nn.Module) -> SparsityReport:
         dense_bytes += size
         stored_bytes += size  # less what is saved below
         masked = by_weight.get(id(candidate.parameter))
-        if masked is None and (prepared or candidate.axis is None):
+        if masked is None and (prepared or (candidate.axis is None and not was_masked(candidate.parameter))):
             if prepared:
                 skipped[candidate.name] = (candidate.parameter.numel(), _reason_for(candidate, plans, captured))
             continue
@@ -180,7 +181,7 @@ def _with_costs(found: SparsityReport, flops: "ModelFlops", unit: str) -> Sparsi
 def sparsity(model: nn.Module) -> float:
     """Return the fraction of zeros in [0, 1] over the masked weights of ``model``, tied ones counted once.
 
-    On a model that is not prepared: over the weights of the known layer classes.
+    On a model that is not prepared: over the weights that ``report`` lists.
     """
     return report(model).sparsity
 

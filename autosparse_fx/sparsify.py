@@ -179,7 +179,7 @@ def finalize(model: ModuleT, *, reach_target: bool = False) -> ModuleT:
         detach(module)
     for _, parameter, _ in list(hidden_masks(model)):
         release(parameter)
-    remember_finalized(model.parameters())
+    remember_finalized(model.parameters(), done)
     return model
 
 

@@ -156,6 +156,31 @@ def test_report_and_sparsity_stay_the_same() -> None:
     assert [(x.name, x.zeros) for x in report(model).layers] == [(x.name, x.zeros) for x in found.layers]
 
 
+@pytest.mark.parametrize("one_line", [False, True])
+def test_weights_that_no_layer_multiplies_by_are_reported_as_before(one_line: bool) -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel, self.shift = nn.Parameter(torch.randn(16, 16) / 4), nn.Parameter(torch.zeros(4, 16))
+            self.head = nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x @ self.kernel + self.shift)
+
+    model, x = Own(), torch.randn(4, 16)
+    assert [layer.name for layer in report(model).layers] == ["head.weight"]
+    if one_line:
+        options = {"target_sparsity": None, "threshold_init": -2.5, "total_steps": 10}
+        torch.compile(model, backend="autosparse", options=options)(x)
+    else:
+        sparsify(model, OPEN_LOOP, example_inputs=x)
+    before = report(model)
+    assert {layer.name for layer in before.layers} == {"kernel", "head.weight"}
+    after = report(finalize(model))
+    assert [(layer.name, layer.zeros) for layer in after.layers] == [(x.name, x.zeros) for x in before.layers]
+    assert after.sparsity == before.sparsity == sparsity(model) > 0
+
+
 @pytest.mark.parametrize("name", ["mlp", "lstm", "tied", "encoder"])
 def test_finalized_model_is_an_ordinary_one(name: str) -> None:
     dense, model, x = masked_model(name)
