@@ -9,11 +9,10 @@ from torch.utils.checkpoint import CheckpointPolicy
 aten = torch.ops.aten
 MASK = torch.ops.autosparse.threshold_mask.default
 
+_CASTS = frozenset({torch.ops.prims.convert_element_type.default, aten._to_copy.default})
 # Casts and views: what may stand between a mask and the operation that uses it. Untagged, they would be kept instead.
-_CHEAP = frozenset(
+_CHEAP = _CASTS | frozenset(
     {
-        torch.ops.prims.convert_element_type.default,
-        aten._to_copy.default,
         aten.alias.default,
         aten.expand.default,
         aten.permute.default,
@@ -41,6 +40,10 @@ def tag_recompute(gm: GraphModule) -> int:
     low-precision copy. Without the tags it saves one masked copy of every weight, because a matrix multiplication of
     the backward pass reads it. The few operations that make the logit are tagged as well, and fold into the kernel of
     the mask; saved, they would take a kernel of their own.
+
+    The low-precision copy that a convolution reads is left to the partitioner, which keeps it as it keeps that of the
+    dense model: made again, it would lose the memory format that the forward pass gave it, and with it the backward
+    convolution its faster one.
 
     Returns:
         The number of nodes that were tagged.
@@ -76,4 +79,8 @@ def _logit(mask: Node) -> list[Node]:
 
 def is_between_mask_and_use(node: Node) -> bool:
     """Whether a node is a cast or a view, which costs as little to compute again as the mask."""
-    return node.target in _CHEAP
+    return node.target in _CHEAP and not _is_copy_for_convolution(node)
+
+
+def _is_copy_for_convolution(node: Node) -> bool:
+    return node.target in _CASTS and any(user.target is aten.convolution.default for user in node.users)
