@@ -1,5 +1,6 @@
 """Where the time of a training step goes: PyTorch's profiler, its events summed by what they do."""
 
+import ctypes
 from collections import defaultdict
 from collections.abc import Callable
 
@@ -50,6 +51,17 @@ def page_faults() -> int:
     except ImportError:  # not on Windows
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def keep_heap() -> None:
+    """Let glibc neither give freed memory back to the system nor map large tensors one by one.
+
+    Otherwise a step pays for page faults, more or fewer of them by how the heap happens to lie.
+    """
+    trim_threshold, mmap_threshold = -1, -3
+    libc = ctypes.CDLL("libc.so.6")
+    if not (libc.mallopt(mmap_threshold, 1 << 30) and libc.mallopt(trim_threshold, (1 << 31) - 1)):
+        raise OSError("glibc refused to keep freed memory")
 
 
 def print_profiles(profiles: dict[str, dict[str, float]]) -> None:

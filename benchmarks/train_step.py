@@ -31,7 +31,7 @@ from torch._inductor.utils import fresh_cache
 
 import autosparse_fx
 from _step_models import BATCHES, build, parametrized, pquant
-from _step_profile import print_profiles, profiled
+from _step_profile import keep_heap, print_profiles, profiled
 from autosparse_fx import AutoSparse
 from autosparse_fx.annealing import MAX_STEPS_BETWEEN_SHIFTS
 
@@ -203,6 +203,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "dtype": "bfloat16 autocast" if args.amp else "float32",
         "channels_last": args.channels_last,
         "mode": args.mode,
+        "heap kept": args.keep_heap,
         "rounds": args.rounds,
         "variants": found,
         "versions": {"python": platform.python_version(), "torch": version("torch")},
@@ -221,7 +222,8 @@ def cpu_name() -> str:
 
 def print_table(results: dict[str, Any]) -> None:
     print(
-        f"\n{results['model']}, batch {results['batch_size']}, {results['dtype']}, mode {results['mode']}, torch "
+        f"\n{results['model']}, batch {results['batch_size']}, {results['dtype']}, mode {results['mode']}, "
+        f"{'heap kept, ' if results.get('heap kept') else ''}torch "
         f"{results['versions']['torch']}, {results['machine']['device']}, {results['machine']['threads']} threads\n"
     )
     print("| variant | step, ms | against | step ratio | saved bytes ratio | peak memory ratio | cold compile ratio |")
@@ -254,6 +256,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="of every variant in turn (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=1, help="per variant and round (default: %(default)s)")
     parser.add_argument("--warm", action="store_true", help="measure compiling with full caches as well")
+    parser.add_argument("--keep-heap", action="store_true", help="glibc: no page faults for what was freed before")
     parser.add_argument("--profile", action="store_true", help="say where the time of a step goes (CPU)")
     parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the JSON (default: %(default)s)")
@@ -264,12 +267,15 @@ def main() -> None:
             print_table(json.loads(path.read_text()))
         return
     args.batch_size = args.batch_size or BATCHES[args.model]
+    if args.keep_heap:
+        keep_heap()
     results = measure(args)
     print_table(results)
     args.results.mkdir(parents=True, exist_ok=True)
     name = f"{args.model}-{'bf16' if args.amp else 'fp32'}-{args.device}" + (
         f"-{args.mode}" if args.mode != "default" else ""
     )
+    name += "-heap" if args.keep_heap else ""
     (args.results / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
