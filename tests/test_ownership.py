@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from autosparse_fx import AutoSparse, finalize, sparsify
-from autosparse_fx.ownership import is_finalized, is_prepared, places, remember_finalized
+from autosparse_fx.ownership import is_finalized, is_prepared, places, remember_finalized, was_masked
 
 
 def names(parameter: nn.Parameter) -> tuple[str, ...]:
@@ -199,8 +199,10 @@ def test_finalized_is_remembered_as_long_as_the_parameter_lives() -> None:
     assert all(is_finalized(p) and is_prepared(p) for p in model.parameters())
     assert not is_finalized(reference.mlp()[0].weight)
     free = nn.Parameter(torch.zeros(2))
-    remember_finalized([free])
+    masked = nn.Parameter(torch.zeros(2))
+    remember_finalized([free, masked], {id(masked)})
     assert is_finalized(free) and is_prepared(free)
+    assert was_masked(masked) and not was_masked(free)
 
 
 def test_nothing_is_held_alive() -> None:
