@@ -41,9 +41,9 @@ def tag_recompute(gm: GraphModule) -> int:
     the backward pass reads it. The few operations that make the logit are tagged as well, and fold into the kernel of
     the mask; saved, they would take a kernel of their own.
 
-    The low-precision copy that a convolution reads is left to the partitioner, which keeps it as it keeps that of the
-    dense model: made again, it would lose the memory format that the forward pass gave it, and with it the backward
-    convolution its faster one.
+    The low-precision copy that a grouped convolution reads is left to the partitioner, which keeps it as it keeps that
+    of the dense model: it is small, and made again it would lose the memory format that the forward pass gave it, and
+    with it the gradient of a depthwise convolution's input its own.
 
     Returns:
         The number of nodes that were tagged.
@@ -79,8 +79,10 @@ def _logit(mask: Node) -> list[Node]:
 
 def is_between_mask_and_use(node: Node) -> bool:
     """Whether a node is a cast or a view, which costs as little to compute again as the mask."""
-    return node.target in _CHEAP and not _is_copy_for_convolution(node)
+    return node.target in _CHEAP and not _is_copy_for_grouped_convolution(node)
 
 
-def _is_copy_for_convolution(node: Node) -> bool:
-    return node.target in _CASTS and any(user.target is aten.convolution.default for user in node.users)
+def _is_copy_for_grouped_convolution(node: Node) -> bool:
+    return node.target in _CASTS and any(
+        user.target is aten.convolution.default and user.args[8] != 1 for user in node.users
+    )

@@ -1,4 +1,4 @@
-"""tag_recompute: no masked weight, no mask and no cast of one is kept for the backward pass, but for convolutions'."""
+"""tag_recompute: no masked weight, mask or cast of one is kept for the backward pass, but for grouped convolutions."""
 
 import copy
 from collections.abc import Callable
@@ -108,9 +108,7 @@ def test_nothing_weight_sized_is_kept(granularity: str, dtype: torch.dtype | Non
     logits = sum(p.nbytes for name, p in sparse.named_parameters() if name.endswith("_threshold"))
     assert size(found) <= 1.02 * size(expected) + logits
     weights = {p.numel() for n, p in sparse.named_parameters() if n.endswith("weight") and p.dim() > 1}
-    kept = [(tuple(t.shape), t.dtype) for t in found if t.numel() in weights and t.numel() > 16 * X.shape[0]]
-    copy_for_convolution = (tuple(sparse.conv.weight.shape), torch.bfloat16)  # which the dense model keeps as well
-    assert kept == ([] if dtype is None else [copy_for_convolution])
+    assert not [tuple(t.shape) for t in found if t.numel() in weights and t.numel() > 16 * X.shape[0]]
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "autocast"])
@@ -181,8 +179,15 @@ def test_tags_the_masks_and_the_casts_and_views_behind_them_and_nothing_else(aut
         assert not any(heavy in name for name in names), names
     if autocast:
         assert any("convert_element_type" in name or "_to_copy" in name for name in names)
-        convolution = next(n for n in graph.nodes if n.target is torch.ops.aten.convolution.default)
-        assert convolution.args[1] not in tagged  # made again, it would have lost its memory format
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+def test_the_copy_for_a_grouped_convolution_keeps_its_memory_format(groups: int) -> None:
+    model = sparsify(nn.Sequential(nn.Conv2d(8, 8, 3, groups=groups)), AutoSparse(threshold_init=-2.5))
+    graphs = Graphs(tag_recompute)
+    saved_for_backward(model, torch.randn(1, 8, 6, 6), graphs, torch.bfloat16)
+    (convolution,) = graphs.joint[0].find_nodes(op="call_function", target=torch.ops.aten.convolution.default)
+    assert ("recompute" in convolution.args[1].meta) == (groups == 1)
 
 
 def test_running_it_again_changes_nothing() -> None:
