@@ -23,7 +23,7 @@ STEPS, TARGET, RATE = 3, 0.9, 0.01
 TOLERANCE = 1e-4
 CONFIG = AutoSparse(target_sparsity=TARGET)
 
-# In the order in which they run.
+# In the order in which they run; each is a method of Checks.
 CHECKS = {
     "sparsify": "`sparsify(model, example_inputs=...)`",
     "eager": f"{STEPS} steps in eager mode end at {TARGET:.0%} zeros",
@@ -51,37 +51,26 @@ class Checks:
         self.plain: tuple[list[Any], list[str]]  # of the dense model: its classes and its keys
 
     def run(self) -> dict[str, Any]:
+        """All checks, as far as they do not build on one that failed, and the dense model where a compiled one did."""
         case = self.build()
         self.found |= {"kind": case.kind, "parameters": sum(p.numel() for p in case.model.parameters())}
-        checks: dict[str, Callable[[], dict[str, Any]]] = {
-            "sparsify": self.sparsify,
-            "eager": self.eager,
-            "state": self.state,
-            "finalize": self.finalize,
-            "reload": self.reload,
-            "compiled": self.compiled,
-            "one line": self.one_line,
-        }
-        passed = [self.attempt(name, checks[name]) for name in ("sparsify", "eager")]
-        if all(passed):
-            passed += [self.attempt(name, checks[name]) for name in list(checks)[2:]]
-            if not all(self.passed(name) for name in ("compiled", "one line")):
-                self.attempt("dense", self.dense)
+        first, second, *others = CHECKS
+        if self.attempt(first) and self.attempt(second):
+            passed = {name: self.attempt(name) for name in others}
+            if not (passed["compiled"] and passed["one line"]):
+                self.attempt("dense")
         return self.found
 
-    def passed(self, name: str) -> bool:
-        return "error" not in self.found["checks"][name]
-
-    def attempt(self, name: str, check: Callable[[], dict[str, Any]]) -> bool:
+    def attempt(self, name: str) -> bool:
         torch._dynamo.reset()
         start = time.perf_counter()
         try:
-            self.found["checks"][name] = check()
+            self.found["checks"][name] = getattr(self, name.replace(" ", "_"))()
         except Exception as error:
             self.found["checks"][name] = {"error": told(error), "at": deepest_frames(error)}
         self.found["checks"][name]["seconds"] = round(time.perf_counter() - start, 1)
         self.save(self.found)
-        return self.passed(name)
+        return "error" not in self.found["checks"][name]
 
     def sparsify(self) -> dict[str, Any]:
         case = self.build()

@@ -1,7 +1,7 @@
 """Check Hugging Face transformers and timm models: made sparse, trained, compiled, finalized, saved and loaded.
 
     python benchmarks/compatibility.py transformers          (all that have no result yet)
-    python benchmarks/compatibility.py timm --only resnet    (again)
+    python benchmarks/compatibility.py timm --only resnet18  (again)
     python benchmarks/compatibility.py --table               (only write docs/compatibility/ from the stored results)
 
 Every model is a small one from its configuration, with random weights: nothing is downloaded. Each is checked in a
@@ -72,6 +72,8 @@ def measure(name: str, args: argparse.Namespace) -> None:
     if stored["versions"] != where["versions"]:
         raise SystemExit(f"{path} is of {stored['versions']}: move it away to measure {where['versions']}")
     models = list(family(name).models)
+    if unknown := set(args.only or ()) - set(models):
+        raise SystemExit(f"--only: {name} has no {', '.join(sorted(unknown))}; there are {', '.join(models)}")
     chosen = args.only or [model for model in models if model not in stored["models"]]
     end = time.perf_counter() + args.budget
 

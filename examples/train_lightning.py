@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import autosparse_fx
+from _arguments import whole
 from autosparse_fx.integrations.lightning import AutoSparseCallback
 
 
@@ -74,10 +75,8 @@ def train(epochs: int, callbacks: list[L.Callback]) -> tuple[DigitClassifier, fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train digits with Lightning, dense and sparse, and compare.")
-    parser.add_argument("--epochs", type=int, default=20, help="of each training (default: %(default)s)")
+    parser.add_argument("--epochs", type=whole(), default=20, help="of each training (default: %(default)s)")
     args = parser.parse_args()
-    if args.epochs < 1:
-        parser.error(f"argument --epochs: {args.epochs} is not a whole number, at least 1")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the images are in memory
 

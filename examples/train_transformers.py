@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import autosparse_fx
+from _arguments import whole
 from autosparse_fx.integrations.transformers import AutoSparseCallback
 
 Examples = list[dict[str, object]]
@@ -67,11 +68,9 @@ def train(model: ViTForImageClassification, epochs: int, callbacks: list[Trainer
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a vision transformer, dense and sparse, and compare.")
-    parser.add_argument("--epochs", type=int, default=20, help="of each training (default: %(default)s)")
+    parser.add_argument("--epochs", type=whole(), default=20, help="of each training (default: %(default)s)")
     parser.add_argument("--output", help="folder to save the sparse model in")
     args = parser.parse_args()
-    if args.epochs < 1:
-        parser.error(f"argument --epochs: {args.epochs} is not a whole number, at least 1")
 
     model = build()
     with tempfile.TemporaryDirectory() as folder:

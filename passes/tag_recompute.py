@@ -41,9 +41,9 @@ def tag_recompute(gm: GraphModule) -> int:
     the backward pass reads it. The few operations that make the logit are tagged as well, and fold into the kernel of
     the mask; saved, they would take a kernel of their own.
 
-    The low-precision copy that a grouped convolution reads is left to the partitioner, which keeps it as it keeps that
-    of the dense model: it is small, and made again it would lose the memory format that the forward pass gave it, and
-    with it the gradient of a depthwise convolution's input its own.
+    The low-precision copy that a depthwise convolution reads is left to the partitioner, which keeps it as it keeps
+    that of the dense model: it is small, and made again it would lose the memory format that the forward pass gave it,
+    and with it the gradient of the convolution's input its own.
 
     Returns:
         The number of nodes that were tagged.
@@ -78,11 +78,13 @@ def _logit(mask: Node) -> list[Node]:
 
 
 def is_between_mask_and_use(node: Node) -> bool:
-    """Whether a node is a cast or a view, which costs as little to compute again as the mask."""
-    return node.target in _CHEAP and not _is_copy_for_grouped_convolution(node)
+    """Whether a node is a cast or a view that is to be computed again with the mask: all but depthwise casts."""
+    return node.target in _CHEAP and not _is_copy_for_depthwise_convolution(node)
 
 
-def _is_copy_for_grouped_convolution(node: Node) -> bool:
+def _is_copy_for_depthwise_convolution(node: Node) -> bool:
+    """Whether a cast is the weight of a convolution whose groups have one input channel each."""
     return node.target in _CASTS and any(
-        user.target is aten.convolution.default and user.args[8] != 1 for user in node.users
+        user.target is aten.convolution.default and user.args[1] is node and node.meta["val"].shape[1] == 1
+        for user in node.users
     )

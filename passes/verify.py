@@ -17,7 +17,7 @@ def verify_masked_graph(gm: GraphModule, *, deduped: bool = False, tagged: bool 
     Always: nodes are in order; masks and GA gradients have their operands, alpha is 0-d, shapes agree; a weight that
     was marked for masking is read through masks only, and with its own threshold; the placeholders that were added
     stand behind all others, in threes. With ``deduped``: no two masks of one weight under the same modes. With
-    ``tagged``: no mask is kept for the backward pass, and no cast or view of one but what a grouped convolution reads.
+    ``tagged``: no mask is kept for the backward pass, and no cast or view of one but what a depthwise layer reads.
 
     Raises:
         AssertionError: naming the node.

@@ -1,5 +1,6 @@
 """Models, optimizers and steps for the tests of GradientAnnealing."""
 
+import math
 from typing import Any
 
 import reference
@@ -39,6 +40,19 @@ def one_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     backward(model)
     optimizer.step()
     optimizer.zero_grad()
+
+
+def scaled_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, *, overflow: bool
+) -> None:
+    """One step with a ``GradScaler``, which skips it where the gradient of the first weight overflows."""
+    optimizer.zero_grad()
+    ((x, y),) = reference.classification_batches(1)
+    scaler.scale(F.cross_entropy(model(x), y)).backward()
+    if overflow:
+        model[0]._parameters["weight"].grad[0, 0] = math.inf
+    scaler.step(optimizer)
+    scaler.update()
 
 
 def float32(value: float) -> float:

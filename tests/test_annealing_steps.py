@@ -1,14 +1,12 @@
 """What GradientAnnealing counts as an optimizer step, by its hook and by hand."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import reference
 import torch
-import torch.nn.functional as F
-from annealers import alpha_of, backward, float32, one_step, sgd, sparse_mlp
+from annealers import alpha_of, backward, float32, one_step, scaled_step, sgd, sparse_mlp
 from torch import Tensor
 
 from autosparse_fx import GradientAnnealing
@@ -36,13 +34,7 @@ def test_a_step_that_the_gradient_scaler_skips_does_not_count() -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     counted = []
     for overflow in (False, True, True, False):
-        optimizer.zero_grad()
-        ((x, y),) = reference.classification_batches(1)
-        scaler.scale(F.cross_entropy(model(x), y)).backward()
-        if overflow:
-            model[0]._parameters["weight"].grad[0, 0] = math.inf
-        scaler.step(optimizer)
-        scaler.update()
+        scaled_step(model, optimizer, scaler, overflow=overflow)
         counted.append((annealer.steps, alpha_of(model)))
     assert [steps for steps, _ in counted] == [1, 1, 1, 2]
     assert [alpha for _, alpha in counted] == [float32(a) for a in (0.9, 0.9, 0.9, 0.8)]
@@ -176,13 +168,7 @@ def test_a_step_by_hand_after_one_that_the_gradient_scaler_skipped_does_not_coun
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
         counted.append([])
         for overflow in (False, True, True, False, True, False):
-            optimizer.zero_grad()
-            ((x, y),) = reference.classification_batches(1)
-            scaler.scale(F.cross_entropy(model(x), y)).backward()
-            if overflow:
-                model[0]._parameters["weight"].grad[0, 0] = math.inf
-            scaler.step(optimizer)
-            scaler.update()
+            scaled_step(model, optimizer, scaler, overflow=overflow)
             if model is by_hand:
                 annealer.step()
             counted[-1].append((annealer.steps, alpha_of(model)))
