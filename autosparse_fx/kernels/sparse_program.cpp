@@ -90,15 +90,16 @@ struct Places {
   Place source, target, residual;
 };
 
-// One part of a step: a tile, or some of its rows.
-void run_part(const Step& s, const char* data, const Places& at, int64_t columns, const Share& share, int64_t part) {
+// One tile of a step, or a member's part of its rows.
+void run_part(const Step& s, const char* data, const Places& at, int64_t columns, const Share& share, int64_t tile) {
   const int64_t* cost = reinterpret_cast<const int64_t*>(data + s.row_cost);
-  const int64_t tile = part / share.row_parts, piece = part % share.row_parts, width = share.width;
+  const int64_t width = share.width, before = tile * share.row_parts;
   auto cut = [&](int64_t k) {
     if (k == 0 || k == share.row_parts) return k == 0 ? int64_t(0) : s.rows;
     return int64_t(std::lower_bound(cost, cost + s.rows, cost[s.rows] * k / share.row_parts) - cost);
   };
-  Tile t{tile * width, std::min(width, columns - tile * width), cut(piece), cut(piece + 1)};
+  Tile t{tile * width, std::min(width, columns - tile * width), cut(std::max(share.first - before, int64_t(0))),
+         cut(std::min(share.stop - before, share.row_parts))};
   if (t.row0 == t.row1) return;
   const Place source = s.mode == STRIDED ? at.source : at.source.in_tile(tile);
   run_tile(s, data, source, at.target.in_tile(tile), at.residual.in_tile(tile), t);
@@ -167,10 +168,10 @@ extern "C" bool run_sparse_program(const char* data, const float* const* inputs,
     const Step* chain = s + s->chain;
     const Share share(*s, columns, member, team);
     if (share.row_parts > 1) chain = s + 1;  // the next step needs rows of other members
-    for (int64_t part = share.first; part < share.stop; ++part) {
+    for (int64_t tile = share.first / share.row_parts; tile * share.row_parts < share.stop; ++tile) {
       for (const Step* link = s; link < chain; ++link) {
         const Places places{at(link->source), at(link->target), at(link->residual)};
-        clocked(link, [&] { run_part(*link, data, places, columns, share, part); });
+        clocked(link, [&] { run_part(*link, data, places, columns, share, tile); });
       }
     }
     clocked(chain - 1, [&] { barrier.wait(team); });
