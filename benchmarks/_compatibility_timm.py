@@ -61,7 +61,7 @@ def settle(model: nn.Module) -> None:
     """Take out dropout and stochastic depth, and let every layer matter from the start: many begin at zero, or so small
     that what they compute is lost."""
     for module in model.modules():
-        for chance in ("p", "drop_prob"):
+        for chance in ("p", "drop_prob", "drop_rate"):
             if isinstance(getattr(module, chance, None), float):
                 setattr(module, chance, 0.0)
         if isinstance(module, (_ConvNd, nn.Linear)):

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "picks.h"
 #include "program.h"
 
 namespace {
@@ -77,43 +78,32 @@ void fill_planes(const Step& s, const char* data, const Place& x, const float* c
   }
 }
 
-// The vectors that make a row of columns of a tile, the same for every tap: a row of the output at a time. A vector that
-// reaches beyond its row is overwritten by the next one, or lies behind the tile.
-struct Copies {
-  int32_t from[2 * MAX_NV * VL], to[2 * MAX_NV * VL];
-  int count = 0;
-  Copies(const Step& s, Tile t) {
-    if (s.mode != GATHERED) return;
-    for (int64_t done = 0; done < t.columns;) {
-      int64_t column = t.column0 + done, x = column % s.out_width;
-      int64_t here = std::min(s.out_width - x, t.columns - done);
-      int64_t row = plane_row(s, t, column) * s.plane_pitch;
-      for (int64_t i = 0; i < here; i += VL, ++count) {
-        from[count] = int32_t(row + x + i);
-        to[count] = int32_t(done + i);
+// Where the columns of a tile lie, in floats: in the planes of a channel, for the first tap; or in the source of a strided
+// 1x1 layer.
+void find_columns(const Step& s, const Place& x, Tile t, int64_t* positions) {
+  for (int64_t done = 0; done < t.columns;) {  // a row of the output at a time
+    const int64_t column = t.column0 + done, first = column % s.out_width;
+    const int64_t here = std::min(s.out_width - first, t.columns - done);
+    if (s.mode == GATHERED) {
+      const int64_t start = plane_row(s, t, column) * s.plane_pitch + first;
+      for (int64_t i = 0; i < here; ++i) positions[done + i] = start + i;
+    } else {
+      const int64_t image = column / s.columns, row = column % s.columns / s.out_width;
+      for (int64_t i = 0; i < here; ++i) {
+        const int64_t from = s.stride_y * row * s.in_width + s.stride_x * (first + i);
+        const int64_t tile = x.tile_step == 0 ? 0 : from / x.row_stride;
+        positions[done + i] = image * x.image_stride + tile * x.tile_step + from * x.column_stride;
       }
-      done += here;
     }
-  }
-};
-
-// One row of columns per tap, taken from the planes.
-void gather(const Step& s, const char* data, const float* planes, const Copies& copies, float* dst) {
-  const int64_t* taps = reinterpret_cast<const int64_t*>(data + s.taps);
-  for (int64_t k = 0; k < s.tap_count; ++k, dst += s.vectors * VL) {
-    const float* src = planes + taps[k];
-    for (int i = 0; i < copies.count; ++i) Vec::loadu(src + copies.from[i]).store(dst + copies.to[i]);
+    done += here;
   }
 }
 
-// Where the columns that a tile of a strided 1x1 layer reads lie in the source, in floats.
-void pick_columns(const Step& s, const Place& x, Tile t, int64_t* positions) {
-  for (int64_t i = 0; i < t.columns; ++i) {
-    int64_t image = (t.column0 + i) / s.columns, p = (t.column0 + i) % s.columns;
-    int64_t column = s.stride_y * (p / s.out_width) * s.in_width + s.stride_x * (p % s.out_width);
-    int64_t tile = x.tile_step == 0 ? 0 : column / x.row_stride;
-    positions[i] = image * x.image_stride + tile * x.tile_step + column * x.column_stride;
-  }
+Picks find_picks(const Step& s, const Place& x, Tile t) {
+  const bool are_picked = s.mode == GATHERED || s.mode == STRIDED;
+  int64_t positions[MAX_NV * VL];
+  if (are_picked) find_columns(s, x, t, positions);
+  return Picks(positions, are_picked ? t.columns : 0, s.mode == GATHERED);
 }
 
 // Calls f with the columns of a tile that are side by side in the source: the first of them in the tile, where it lies
@@ -130,7 +120,7 @@ inline void each_piece(const Step& s, const Place& x, Tile t, F f) {
 
 // Packs the channels of a block for a tile, and returns where the tile starts in it.
 const char* pack(const Step& s, const Block& b, const char* data, const Place& x, float* packed, float* planes, Tile t,
-                 const Copies& copies) {
+                 const Picks& picks) {
   if (s.mode == PLAIN && x.column_stride != 1) {
     each_piece(s, x, t, [&](int64_t first, int64_t at, int64_t count) {
       turn(x.data + at + b.channel0, x.column_stride, packed + first, s.channel_stride, count, b.channel1 - b.channel0);
@@ -150,13 +140,8 @@ const char* pack(const Step& s, const Block& b, const char* data, const Place& x
     return reinterpret_cast<const char*>(packed);
   }
   if (s.mode == STRIDED) {
-    int64_t positions[MAX_NV * VL];
-    pick_columns(s, x, t, positions);
-    for (int64_t c = b.channel0; c < b.channel1; ++c) {
-      const float* src = x.data + c * x.row_stride;
-      float* dst = packed + (c - b.channel0) * s.channel_stride;
-      for (int64_t i = 0; i < t.columns; ++i) dst[i] = src[positions[i]];
-    }
+    auto row = [&](int64_t k) { return x.data + (b.channel0 + k) * x.row_stride; };
+    picks.copy(row, b.channel1 - b.channel0, packed, s.channel_stride);
     return reinterpret_cast<const char*>(packed);
   }
   if (s.mode == GRID || s.mode == PLANES) {
@@ -167,11 +152,14 @@ const char* pack(const Step& s, const Block& b, const char* data, const Place& x
   }
   // All planes first: a vector that is read back before what it consists of has left the store buffer has to wait.
   const int64_t plane_floats = s.phase_count * s.phase_stride;
+  const int64_t* taps = reinterpret_cast<const int64_t*>(data + s.taps);
   for (int64_t c = b.channel0; c < b.channel1; ++c) {
     fill_planes(s, data, x, x.data + c * x.row_stride, t, planes + (c - b.channel0) * plane_floats);
   }
   for (int64_t c = b.channel0; c < b.channel1; ++c) {
-    gather(s, data, planes + (c - b.channel0) * plane_floats, copies, packed + (c - b.channel0) * s.channel_stride);
+    const float* channel = planes + (c - b.channel0) * plane_floats;
+    auto row = [&](int64_t k) { return channel + taps[k]; };
+    picks.copy(row, s.tap_count, packed + (c - b.channel0) * s.channel_stride, s.vectors * VL);
   }
   return reinterpret_cast<const char*>(packed);
 }

@@ -49,7 +49,7 @@ void run_tile(const Step& s, const char* data, const Place& x, const Place& y, c
   float* packed = reinterpret_cast<float*>(tile_memory.get(parts.all * sizeof(float)));
   float *planes = packed + parts.planes, *partial = packed + parts.partial;
   const Block* blocks = reinterpret_cast<const Block*>(data + s.blocks);
-  const Copies copies(s, t);
+  const Picks picks = find_picks(s, x, t);
   auto run = [&](const Block& b, const char* start, Tile part) {
     COMPUTE[(part.columns + VL - 1) / VL - 1](s, b, data, start, partial, part, y, residual);
   };
@@ -60,7 +60,7 @@ void run_tile(const Step& s, const char* data, const Place& x, const Place& y, c
       run(b, reinterpret_cast<const char*>(x.data + b.channel0 * x.row_stride + t.column0), t);
       continue;
     }
-    const char* start = pack(s, b, data, x, packed, planes, t, copies);
+    const char* start = pack(s, b, data, x, packed, planes, t, picks);
     const int64_t width = s.mode == PLANES ? s.vectors * VL : t.columns;
     for (int64_t column = 0; column < t.columns; column += width) {
       Tile part{t.column0 + column, std::min(width, t.columns - column), t.row0, t.row1};
