@@ -47,63 +47,24 @@ void fill_row(float* dst, const float* src, int64_t width, int64_t step, const P
   for (int64_t i = f.stop; i < width; i += VL) Vec(0.f).store(dst + i);
 }
 
-// Where the planes of a tile begin: a row of the grid, or of the output; all of an image that stands beside others.
-inline int64_t first_row(const Step& s, Tile t) { return s.joint ? 0 : t.column0 / s.pitch; }
+// Where the planes of a tile begin: a row of the grid.
+inline int64_t first_row(const Step& s, Tile t) { return t.column0 / s.pitch; }
 
-// The row of a column in the planes of a tile; those of several images lie one behind the other.
-inline int64_t plane_row(const Step& s, Tile t, int64_t column) {
-  if (!s.joint) return column / s.pitch - first_row(s, t);
-  return (column / s.columns - t.column0 / s.columns) * s.phase_rows + column % s.columns / s.out_width;
-}
-
-// The zero-padded planes of one channel, given as it lies in the first image: phase by phase and image by image, because
-// what reaches beyond a plane is overwritten by the next one.
-void fill_planes(const Step& s, const char* data, const Place& x, const float* channel, Tile t, float* planes) {
+// The zero-padded planes of one channel, phase by phase, because what reaches beyond a plane is overwritten by the next.
+void fill_planes(const Step& s, const char* data, const float* channel, Tile t, float* planes) {
   const Phase* phases = reinterpret_cast<const Phase*>(data + s.phases);
   const int64_t row0 = first_row(s, t);
-  const int64_t first = s.joint ? t.column0 / s.columns : 0, last = s.joint ? (t.column0 + t.columns - 1) / s.columns : 0;
   for (int64_t f = 0; f < s.phase_count; ++f) {
     float* dst = planes + f * s.phase_stride;
-    for (int64_t image = first; image <= last; ++image) {
-      for (int64_t r = 0; r < s.phase_rows; ++r, dst += s.plane_pitch) {
-        int64_t iy = s.stride_y * (row0 + r) + phases[f].y;
-        if (iy >= 0 && iy < s.in_height) {
-          const float* row = channel + image * x.image_stride + iy * s.in_width;
-          fill_row(dst, row, s.plane_pitch, s.stride_x, phases[f], s.in_width);
-        } else {
-          for (int64_t i = 0; i < s.plane_pitch; i += VL) Vec(0.f).store(dst + i);
-        }
+    for (int64_t r = 0; r < s.phase_rows; ++r, dst += s.plane_pitch) {
+      int64_t iy = s.stride_y * (row0 + r) + phases[f].y;
+      if (iy >= 0 && iy < s.in_height) {
+        fill_row(dst, channel + iy * s.in_width, s.plane_pitch, s.stride_x, phases[f], s.in_width);
+      } else {
+        for (int64_t i = 0; i < s.plane_pitch; i += VL) Vec(0.f).store(dst + i);
       }
     }
   }
-}
-
-// Where the columns of a tile lie, in floats: in the planes of a channel, for the first tap; or in the source of a strided
-// 1x1 layer.
-void find_columns(const Step& s, const Place& x, Tile t, int64_t* positions) {
-  for (int64_t done = 0; done < t.columns;) {  // a row of the output at a time
-    const int64_t column = t.column0 + done, first = column % s.out_width;
-    const int64_t here = std::min(s.out_width - first, t.columns - done);
-    if (s.mode == GATHERED) {
-      const int64_t start = plane_row(s, t, column) * s.plane_pitch + first;
-      for (int64_t i = 0; i < here; ++i) positions[done + i] = start + i;
-    } else {
-      const int64_t image = column / s.columns, row = column % s.columns / s.out_width;
-      for (int64_t i = 0; i < here; ++i) {
-        const int64_t from = s.stride_y * row * s.in_width + s.stride_x * (first + i);
-        const int64_t tile = x.tile_step == 0 ? 0 : from / x.row_stride;
-        positions[done + i] = image * x.image_stride + tile * x.tile_step + from * x.column_stride;
-      }
-    }
-    done += here;
-  }
-}
-
-Picks find_picks(const Step& s, const Place& x, Tile t) {
-  const bool are_picked = s.mode == GATHERED || s.mode == STRIDED;
-  int64_t positions[MAX_NV * VL];
-  if (are_picked) find_columns(s, x, t, positions);
-  return Picks(positions, are_picked ? t.columns : 0, s.mode == GATHERED);
 }
 
 // Calls f with the columns of a tile that are side by side in the source: the first of them in the tile, where it lies
@@ -119,8 +80,8 @@ inline void each_piece(const Step& s, const Place& x, Tile t, F f) {
 }
 
 // Packs the channels of a block for a tile, and returns where the tile starts in it.
-const char* pack(const Step& s, const Block& b, const char* data, const Place& x, float* packed, float* planes, Tile t,
-                 const Picks& picks) {
+const char* pack(const Step& s, const Block& b, const char* data, const Place& x, const Pick* picks, float* packed,
+                 Tile t) {
   if (s.mode == PLAIN && x.column_stride != 1) {
     each_piece(s, x, t, [&](int64_t first, int64_t at, int64_t count) {
       turn(x.data + at + b.channel0, x.column_stride, packed + first, s.channel_stride, count, b.channel1 - b.channel0);
@@ -139,29 +100,20 @@ const char* pack(const Step& s, const Block& b, const char* data, const Place& x
     }
     return reinterpret_cast<const char*>(packed);
   }
-  if (s.mode == STRIDED) {
-    auto row = [&](int64_t k) { return x.data + (b.channel0 + k) * x.row_stride; };
-    picks.copy(row, b.channel1 - b.channel0, packed, s.channel_stride);
+  if (s.mode == GATHERED) {
+    const float* source = x.data + b.channel0 * x.row_stride;
+    for (int64_t column = 0; column < t.columns; column += VL) {
+      for (int64_t k = 0; k < s.tap_count; ++k) {
+        float* target = packed + k * s.vectors * VL + column;
+        picks++->copy(source, x.row_stride, b.channel1 - b.channel0, target, s.channel_stride);
+      }
+    }
     return reinterpret_cast<const char*>(packed);
   }
-  if (s.mode == GRID || s.mode == PLANES) {
-    for (int64_t c = b.channel0; c < b.channel1; ++c) {
-      fill_planes(s, data, x, x.data + c * x.row_stride, t, packed + (c - b.channel0) * s.channel_stride);
-    }
-    return reinterpret_cast<const char*>(packed + t.column0 - first_row(s, t) * s.pitch);
-  }
-  // All planes first: a vector that is read back before what it consists of has left the store buffer has to wait.
-  const int64_t plane_floats = s.phase_count * s.phase_stride;
-  const int64_t* taps = reinterpret_cast<const int64_t*>(data + s.taps);
   for (int64_t c = b.channel0; c < b.channel1; ++c) {
-    fill_planes(s, data, x, x.data + c * x.row_stride, t, planes + (c - b.channel0) * plane_floats);
+    fill_planes(s, data, x.data + c * x.row_stride, t, packed + (c - b.channel0) * s.channel_stride);
   }
-  for (int64_t c = b.channel0; c < b.channel1; ++c) {
-    const float* channel = planes + (c - b.channel0) * plane_floats;
-    auto row = [&](int64_t k) { return channel + taps[k]; };
-    picks.copy(row, s.tap_count, packed + (c - b.channel0) * s.channel_stride, s.vectors * VL);
-  }
-  return reinterpret_cast<const char*>(packed);
+  return reinterpret_cast<const char*>(packed + t.column0 - first_row(s, t) * s.pitch);
 }
 
 }  // namespace

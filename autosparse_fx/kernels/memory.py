@@ -15,7 +15,7 @@ def tiled_buffers(writers: Sequence[StepWriter], buffers: Sequence[Buffer]) -> d
     uses: dict[int, set[tuple[int, int, bool]]] = {}
     for writer in writers:
         step, tiles = writer.step, (writer.width, writer.images)
-        if writer.mode != "strided":
+        if not writer.picks_pixels:
             uses.setdefault(step.source, set()).add((*tiles, writer.mode == "plain"))
         for number in (step.target, step.residual):
             uses.setdefault(number, set()).add((*tiles, writer.mode not in ("grid", "planes")))

@@ -54,9 +54,8 @@ enum Mode : int64_t {
   PLAIN,  // 1x1, stride 1: columns are taken as they are
   DIRECT,  // the same, read where it lies: the source is in tiles
   GRID,
-  GATHERED,
+  GATHERED,  // a row of columns per channel and tap, picked one by one from whatever layout the source has
   PLANES,  // of groups: like GRID, but the whole planes of a group's channels, for all of its columns
-  STRIDED,  // 1x1, without padding: columns are picked one by one, from whatever layout the source has
 };
 
 enum Activation : int64_t { NONE, RELU, CLAMP, GELU, GELU_TANH, SILU, HARDSWISH, SIGMOID };
@@ -78,7 +77,7 @@ struct Step {
   int64_t phase_stride;  // floats of one phase
   int64_t phases;  // byte position in data
   int64_t phase_count;
-  int64_t taps;  // byte position in data: where each tap starts in the planes, int64
+  int64_t taps;  // byte position in data, of GATHERED: how far each tap is from a pixel, in y and x, int64
   int64_t tap_count;
   int64_t bias;  // byte position in data, rows floats
   int64_t blocks;  // byte position in data

@@ -34,12 +34,12 @@
 namespace {
 
 struct TileMemory {  // what a thread needs for a tile of a step, in floats, one behind the other
-  int64_t planes, partial, all;
+  int64_t picks, partial, all;
   explicit TileMemory(const Step& s) {
     auto aligned = [](int64_t floats) { return (floats + 63) / 64 * 64; };
     const int64_t beyond = MAX_NV * VL + s.plane_pitch;  // what vectors reach beyond their tile
-    planes = aligned(s.block_channels * s.channel_stride + beyond);
-    partial = planes + aligned(s.block_channels * s.phase_count * s.phase_stride + beyond);
+    picks = aligned(s.block_channels * s.channel_stride + beyond);
+    partial = picks + (s.mode == GATHERED ? aligned(s.vectors * s.tap_count * sizeof(Pick) / sizeof(float)) : 0);
     all = partial + s.rows * s.vectors * VL;
   }
 };
@@ -47,9 +47,10 @@ struct TileMemory {  // what a thread needs for a tile of a step, in floats, one
 void run_tile(const Step& s, const char* data, const Place& x, const Place& y, const Place& residual, Tile t) {
   const TileMemory parts(s);
   float* packed = reinterpret_cast<float*>(tile_memory.get(parts.all * sizeof(float)));
-  float *planes = packed + parts.planes, *partial = packed + parts.partial;
+  float* partial = packed + parts.partial;
+  Pick* picks = reinterpret_cast<Pick*>(packed + parts.picks);
   const Block* blocks = reinterpret_cast<const Block*>(data + s.blocks);
-  const Picks picks = find_picks(s, x, t);
+  if (s.mode == GATHERED) find_picks(s, data, x, t, picks);
   auto run = [&](const Block& b, const char* start, Tile part) {
     COMPUTE[(part.columns + VL - 1) / VL - 1](s, b, data, start, partial, part, y, residual);
   };
@@ -60,7 +61,7 @@ void run_tile(const Step& s, const char* data, const Place& x, const Place& y, c
       run(b, reinterpret_cast<const char*>(x.data + b.channel0 * x.row_stride + t.column0), t);
       continue;
     }
-    const char* start = pack(s, b, data, x, packed, planes, t, picks);
+    const char* start = pack(s, b, data, x, picks, packed, t);
     const int64_t width = s.mode == PLANES ? s.vectors * VL : t.columns;
     for (int64_t column = 0; column < t.columns; column += width) {
       Tile part{t.column0 + column, std::min(width, t.columns - column), t.row0, t.row1};
@@ -101,7 +102,7 @@ void run_part(const Step& s, const char* data, const Places& at, int64_t columns
   Tile t{tile * width, std::min(width, columns - tile * width), cut(std::max(share.first - before, int64_t(0))),
          cut(std::min(share.stop - before, share.row_parts))};
   if (t.row0 == t.row1) return;
-  const Place source = s.mode == STRIDED ? at.source : at.source.in_tile(tile);
+  const Place source = s.mode == GATHERED ? at.source : at.source.in_tile(tile);
   run_tile(s, data, source, at.target.in_tile(tile), at.residual.in_tile(tile), t);
 }
 
@@ -124,7 +125,7 @@ extern "C" int64_t make_executable(void* program, int64_t bytes) {
 
 // inputs, outputs: float32, [batch, channels, ...] images, or [batch, channels] tokens. batch: images or tokens.
 // is_channels_last: of each input, whether its channels are contiguous; only for those that are read in the modes
-// PLAIN and STRIDED. seconds: of each step, what it took one of the threads is added to it, with what that thread waited
+// PLAIN, and GATHERED for a single tap. seconds: of each step, what it took one of the threads is added to it, with what that thread waited
 // for others afterwards; or null. False for a copy of a program with machine code, in memory that cannot be executed.
 extern "C" bool run_sparse_program(const char* data, const float* const* inputs, const bool* is_channels_last,
                                    float* const* outputs, int64_t batch, int64_t threads, double* seconds) {

@@ -1,7 +1,7 @@
 """Lays out one step: how it reads its source, and its weights that are not zero, in blocks of channels."""
 
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+import itertools
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
@@ -10,7 +10,7 @@ from autosparse_fx.kernels.machine_code import MOST_ROWS, gains, group_code
 from autosparse_fx.kernels.steps import ACTIVATIONS, MODES, Machine, Step, Window, round_up
 
 # For the packed channels of a tile. Taps of a grid are not aligned, which costs more from the second-level cache.
-CACHE_BYTES = {"grid": 32 * 1024, "planes": 0} | dict.fromkeys(("plain", "direct", "gathered", "strided"), 64 * 1024)
+CACHE_BYTES = {"grid": 32 * 1024, "planes": 0} | dict.fromkeys(("plain", "direct", "gathered"), 64 * 1024)
 GATHER_ROWS = 96  # of a weight, from which packing a row per tap pays
 CODE_TILE = 16
 JOINT_COLUMNS = 64  # of an image, up to which several stand side by side
@@ -42,11 +42,10 @@ class _Planes:
     reach: tuple[int, int]  # rows and columns that taps go beyond a pixel's own
     pitch: int
     rows: int
-    images: int = 1  # one behind the other, in every phase
 
     @property
     def stride(self) -> int:
-        return self.images * self.rows * self.pitch
+        return self.rows * self.pitch
 
     def tap(self, y: int, x: int, window: Window) -> int:
         y, x = y * window.dilation[0], x * window.dilation[1]
@@ -102,16 +101,16 @@ class StepWriter:
         most = min(widest, layout.most_vectors or (machine.most_vectors if is_shared else widest))
         self.vectors = step.vectors or _tile_vectors(columns, machine, most)
         width = self.width = self.vectors * machine.vector_length
-        touched = height if self.mode == "planes" or images else -(-(width + self.pitch - 1) // self.pitch)
+        touched = height if self.mode == "planes" else -(-(width + self.pitch - 1) // self.pitch)
         self.planes = _Planes.of(self.window, self.kernel, min(touched, height))
-        if images:
-            self.planes = replace(self.planes, images=min(images, -(-(width - 1) // self.columns) + 1))
-        taps = [self.planes.tap(y, x, self.window) for y in range(self.kernel[0]) for x in range(self.kernel[1])]
-        self.taps = taps
+        taps = list(itertools.product(range(self.kernel[0]), range(self.kernel[1])))
         if self.mode in ("grid", "planes"):
             floats = len(self.planes.phases) * self.planes.stride + self.planes.reach[1]
             self.channel_stride = round_up(floats, machine.vector_length)
+            self.taps = np.array([self.planes.tap(y, x, self.window) for y, x in taps])
         else:
+            (dy, dx), (py, px) = self.window.dilation, self.window.padding
+            self.taps = np.array([(y * dy - py, x * dx - px) for y, x in taps])
             self.channel_stride = width * len(taps)
         wanted = step.block_channels or max(1, round(layout.block_share * self._default_block_channels()))
         if self.mode == "planes":
@@ -122,7 +121,12 @@ class StepWriter:
     @property
     def may_be_joint(self) -> bool:
         """Whether images can and should be worked on side by side: theirs alone would fill few vectors."""
-        return self.columns <= JOINT_COLUMNS and self.mode in ("plain", "gathered", "strided")
+        return self.columns <= JOINT_COLUMNS and self.mode in ("plain", "gathered")
+
+    @property
+    def picks_pixels(self) -> bool:
+        """Whether the pixels that are read are single ones of any layout, and of any tiles."""
+        return self.mode == "gathered" and self.kernel == (1, 1)
 
     def read_tiles(self) -> None:
         """Read the source where it lies, which is in tiles."""
@@ -135,9 +139,7 @@ class StepWriter:
             return "plain"
         if self.step.groups > 1:
             return "planes"
-        if self.kernel == (1, 1) and window.padding == (0, 0):
-            return "strided"
-        return "gathered" if self.rows >= GATHER_ROWS else "grid"
+        return "gathered" if self.rows >= GATHER_ROWS or self.kernel == (1, 1) else "grid"
 
     def _default_block_channels(self) -> int:
         if self.is_coded:
@@ -173,7 +175,7 @@ class StepWriter:
             planes.stride,
             blob.add(np.array([self._phase(*phase) for phase in planes.phases], np.int64)),
             len(planes.phases),
-            blob.add(np.array(self.taps, np.int64)),
+            blob.add(self.taps.astype(np.int64)),
             len(self.taps),
             blob.add(step.bias.numpy().astype(np.float32)),
             blob.add(np.array(blocks, np.int64)),
@@ -209,7 +211,7 @@ class StepWriter:
         """The last fields of a block: where its pattern is."""
         row, channel, y, x = (i.numpy() for i in weight.nonzero(as_tuple=True))
         tap = y * self.kernel[1] + x
-        within = np.array(self.taps)[tap] if self.mode in ("grid", "planes") else tap * self.width
+        within = self.taps[tap] if self.mode in ("grid", "planes") else tap * self.width
         offset, value = 4 * (channel * self.channel_stride + within), weight[weight != 0].numpy()
         starts = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=weight.shape[0]))])
         if not self.is_coded:
@@ -234,7 +236,7 @@ class StepWriter:
         return [
             (group * rows + start, group * rows + stop)
             for group in range(self.step.groups)
-            for start, stop in pairwise(cuts)
+            for start, stop in itertools.pairwise(cuts)
         ]
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-MODES = ("plain", "direct", "grid", "gathered", "planes", "strided")
+MODES = ("plain", "direct", "grid", "gathered", "planes")
 ACTIVATIONS = ("none", "relu", "clamp", "gelu", "gelu_tanh", "silu", "hardswish", "sigmoid")
 BUFFER_KINDS = ("arena", "input", "output")
 

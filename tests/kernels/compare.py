@@ -226,7 +226,7 @@ def random_net(rng: random.Random) -> tuple[Net, list[int]]:
         rows = channels if rng.random() < 0.5 else groups * rng.randint(1, 24 // groups + 1)
         modes = ["grid", "gathered", "planes"]
         if kernel == (1, 1) and padding == (0, 0):
-            modes = ["plain"] if stride == (1, 1) else [*modes, "strided", "strided"]
+            modes = ["plain"] if stride == (1, 1) else [*modes, "gathered", "gathered"]
         others: dict[str, Any] = {
             "activation": rng.choice(list(ACTIVATIONS)),
             "mode": rng.choice(["", *modes]),
