@@ -47,17 +47,13 @@ void fill_row(float* dst, const float* src, int64_t width, int64_t step, const P
   for (int64_t i = f.stop; i < width; i += VL) Vec(0.f).store(dst + i);
 }
 
-// Where the planes of a tile begin: a row of the grid.
-inline int64_t first_row(const Step& s, Tile t) { return t.column0 / s.pitch; }
-
 // The zero-padded planes of one channel, phase by phase, because what reaches beyond a plane is overwritten by the next.
-void fill_planes(const Step& s, const char* data, const float* channel, Tile t, float* planes) {
+void fill_planes(const Step& s, const char* data, const float* channel, float* planes) {
   const Phase* phases = reinterpret_cast<const Phase*>(data + s.phases);
-  const int64_t row0 = first_row(s, t);
   for (int64_t f = 0; f < s.phase_count; ++f) {
     float* dst = planes + f * s.phase_stride;
     for (int64_t r = 0; r < s.phase_rows; ++r, dst += s.plane_pitch) {
-      int64_t iy = s.stride_y * (row0 + r) + phases[f].y;
+      int64_t iy = s.stride_y * r + phases[f].y;
       if (iy >= 0 && iy < s.in_height) {
         fill_row(dst, channel + iy * s.in_width, s.plane_pitch, s.stride_x, phases[f], s.in_width);
       } else {
@@ -100,20 +96,20 @@ const char* pack(const Step& s, const Block& b, const char* data, const Place& x
     }
     return reinterpret_cast<const char*>(packed);
   }
-  if (s.mode == GATHERED) {
-    const float* source = x.data + b.channel0 * x.row_stride;
-    for (int64_t column = 0; column < t.columns; column += VL) {
-      for (int64_t k = 0; k < s.tap_count; ++k) {
-        float* target = packed + k * s.vectors * VL + column;
-        picks++->copy(source, x.row_stride, b.channel1 - b.channel0, target, s.channel_stride);
-      }
+  if (s.mode == PLANES) {
+    for (int64_t c = b.channel0; c < b.channel1; ++c) {
+      fill_planes(s, data, x.data + c * x.row_stride, packed + (c - b.channel0) * s.channel_stride);
     }
     return reinterpret_cast<const char*>(packed);
   }
-  for (int64_t c = b.channel0; c < b.channel1; ++c) {
-    fill_planes(s, data, x.data + c * x.row_stride, t, packed + (c - b.channel0) * s.channel_stride);
+  const float* source = x.data + b.channel0 * x.row_stride;
+  for (int64_t j = 0; j < picked_vectors(s, t); ++j) {
+    for (int64_t k = 0; k < s.pick_count; ++k) {
+      float* target = packed + k * s.row_floats + j * VL;
+      picks++->copy(source, x.row_stride, b.channel1 - b.channel0, target, s.channel_stride);
+    }
   }
-  return reinterpret_cast<const char*>(packed + t.column0 - first_row(s, t) * s.pitch);
+  return reinterpret_cast<const char*>(packed);
 }
 
 }  // namespace

@@ -112,22 +112,26 @@ inline void Pick::copy(const float* source, int64_t source_stride, int64_t rows,
 
 #endif
 
-// The picks of a tile: [vectors][taps].
+// Vectors of a packed row.
+inline int64_t picked_vectors(const Step& s, Tile t) { return (t.columns + s.more_columns + VL - 1) / VL; }
+
+// The picks of a tile: [vectors][packed rows].
 void find_picks(const Step& s, const char* data, const Place& x, Tile t, Pick* picks) {
-  const int64_t* taps = reinterpret_cast<const int64_t*>(data + s.taps);  // [taps][2]: how far from a pixel, in y and x
-  for (int64_t start = 0; start < t.columns; start += VL) {
+  const int64_t* away = reinterpret_cast<const int64_t*>(data + s.picks);
+  const int64_t stop = t.column0 + t.columns + s.more_columns;
+  for (int64_t start = t.column0; start < stop; start += VL) {
     int64_t image[VL], y[VL], x0[VL], positions[VL];
-    const int64_t columns = std::min<int64_t>(VL, t.columns - start);
+    const int64_t columns = std::min<int64_t>(VL, stop - start);
     for (int64_t i = 0; i < columns; ++i) {
-      const int64_t column = t.column0 + start + i, p = column % s.columns;
-      image[i] = column / s.columns * x.image_stride;
+      const int64_t number = s.joint ? (start + i) / s.columns : 0, p = start + i - number * s.columns;
+      image[i] = number * x.image_stride;
       y[i] = s.stride_y * (p / s.out_width);
       x0[i] = s.stride_x * (p % s.out_width);
     }
     std::fill(positions, positions + VL, PADDING);
-    for (int64_t k = 0; k < s.tap_count; ++k) {
+    for (int64_t k = 0; k < s.pick_count; ++k) {
       for (int64_t i = 0; i < columns; ++i) {
-        const int64_t row = y[i] + taps[2 * k], column = x0[i] + taps[2 * k + 1], pixel = row * s.in_width + column;
+        const int64_t row = y[i] + away[2 * k], column = x0[i] + away[2 * k + 1], pixel = row * s.in_width + column;
         const bool is_inside = row >= 0 && row < s.in_height && column >= 0 && column < s.in_width;
         const int64_t tile = x.tile_step == 0 ? 0 : pixel / x.row_stride;
         positions[i] = is_inside ? image[i] + tile * x.tile_step + pixel * x.column_stride : PADDING;

@@ -53,9 +53,9 @@ struct Phase {  // of a stride: row r of its plane is row stride_y * r + y of th
 enum Mode : int64_t {
   PLAIN,  // 1x1, stride 1: columns are taken as they are
   DIRECT,  // the same, read where it lies: the source is in tiles
-  GRID,
-  GATHERED,  // a row of columns per channel and tap, picked one by one from whatever layout the source has
-  PLANES,  // of groups: like GRID, but the whole planes of a group's channels, for all of its columns
+  GRID,  // rows of columns, picked one by one from whatever layout the source has (see packing.py)
+  GATHERED,  // the same
+  PLANES,  // the whole zero-padded channels of a group, for all of its columns
 };
 
 enum Activation : int64_t { NONE, RELU, CLAMP, GELU, GELU_TANH, SILU, HARDSWISH, SIGMOID };
@@ -73,12 +73,14 @@ struct Step {
   int64_t mode;
   int64_t channel_stride;  // floats of one channel in the packed block
   int64_t plane_pitch;  // floats of a row of a zero-padded plane
-  int64_t phase_rows;  // grid rows that are packed per tile, and per image of it
-  int64_t phase_stride;  // floats of one phase
+  int64_t phase_rows;  // of a plane
+  int64_t phase_stride;  // floats of a plane
   int64_t phases;  // byte position in data
   int64_t phase_count;
-  int64_t taps;  // byte position in data, of GATHERED: how far each tap is from a pixel, in y and x, int64
-  int64_t tap_count;
+  int64_t picks;  // byte position in data: how far from a pixel each packed row begins, in y and x, int64
+  int64_t pick_count;
+  int64_t row_floats;  // of a packed row
+  int64_t more_columns;  // of a packed row, beyond the tile's
   int64_t bias;  // byte position in data, rows floats
   int64_t blocks;  // byte position in data
   int64_t block_count;
@@ -95,6 +97,8 @@ struct Header {
   int64_t is_tokens;  // units are chunks of tokens instead of images
   int64_t per_unit;  // tokens of a chunk, or the most images that one thread works on at a time
 };
+
+inline bool is_picked(const Step& s) { return s.mode == GRID || s.mode == GATHERED; }
 
 // One tile of one step, as the threads of a team see it.
 struct Tile {

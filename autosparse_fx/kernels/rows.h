@@ -37,7 +37,7 @@ C10_ALWAYS_INLINE void activate(Vec (&x)[NV], const Step& s) {
 
 // Whether the columns of a tile are not side by side in memory.
 inline bool is_in_pieces(const Step& s, const Place& y, const Place& residual) {
-  if (s.mode == GRID || s.mode == PLANES) return s.pitch != s.out_width;
+  if (s.mode == PLANES) return s.pitch != s.out_width;
   if (!s.joint) return false;
   return y.image_stride != s.columns || (residual.data != nullptr && residual.image_stride != s.columns);
 }
@@ -45,7 +45,7 @@ inline bool is_in_pieces(const Step& s, const Place& y, const Place& residual) {
 // Writes one row of a tile whose columns lie on a wider grid than the output, a row of the output at a time; or belong
 // to several images, an image at a time.
 void write_pieces(const Step& s, const float* line, Tile t, int64_t m, const Place& y, const Place& residual) {
-  const bool is_grid = s.mode == GRID || s.mode == PLANES;
+  const bool is_grid = s.mode == PLANES;
   const int64_t period = is_grid ? s.pitch : s.columns, wanted = is_grid ? s.out_width : s.columns;
   const int64_t pieces = is_grid ? s.out_height : INT64_MAX;
   const int64_t y_step = is_grid ? s.out_width : y.image_stride, add_step = is_grid ? s.out_width : residual.image_stride;

@@ -3,10 +3,8 @@
 // program.py, which writes what the structs below read); only the tile width is compiled in.
 //
 // A step computes Y[m][p] = act(bias[m] + sum_e value[e] * X[offset[e] + p] + residual[m][p]) for tiles of p that are
-// NV vectors wide, and for blocks of input channels that fit a cache. A tap of a kernel larger than 1x1 is an offset into
-// the block like any other. Either the block holds zero-padded planes (one per phase of the stride), and p runs over
-// their grid, whose columns beyond the output's are computed and dropped (GRID); or it holds a row per channel and tap,
-// all of them aligned, which costs more to pack and pays when many rows of the weight read it (GATHERED).
+// NV vectors wide, and for blocks of input channels that fit a cache, where a tap of a kernel larger than 1x1 is an offset
+// like any other (see packing.py).
 
 #include <omp.h>
 
@@ -39,7 +37,7 @@ struct TileMemory {  // what a thread needs for a tile of a step, in floats, one
     auto aligned = [](int64_t floats) { return (floats + 63) / 64 * 64; };
     const int64_t beyond = MAX_NV * VL + s.plane_pitch;  // what vectors reach beyond their tile
     picks = aligned(s.block_channels * s.channel_stride + beyond);
-    partial = picks + (s.mode == GATHERED ? aligned(s.vectors * s.tap_count * sizeof(Pick) / sizeof(float)) : 0);
+    partial = picks + aligned(s.pick_count * (s.row_floats / VL) * sizeof(Pick) / sizeof(float));
     all = partial + s.rows * s.vectors * VL;
   }
 };
@@ -50,7 +48,7 @@ void run_tile(const Step& s, const char* data, const Place& x, const Place& y, c
   float* partial = packed + parts.partial;
   Pick* picks = reinterpret_cast<Pick*>(packed + parts.picks);
   const Block* blocks = reinterpret_cast<const Block*>(data + s.blocks);
-  if (s.mode == GATHERED) find_picks(s, data, x, t, picks);
+  if (is_picked(s)) find_picks(s, data, x, t, picks);
   auto run = [&](const Block& b, const char* start, Tile part) {
     COMPUTE[(part.columns + VL - 1) / VL - 1](s, b, data, start, partial, part, y, residual);
   };
@@ -102,7 +100,7 @@ void run_part(const Step& s, const char* data, const Places& at, int64_t columns
   Tile t{tile * width, std::min(width, columns - tile * width), cut(std::max(share.first - before, int64_t(0))),
          cut(std::min(share.stop - before, share.row_parts))};
   if (t.row0 == t.row1) return;
-  const Place source = s.mode == GATHERED ? at.source : at.source.in_tile(tile);
+  const Place source = is_picked(s) ? at.source : at.source.in_tile(tile);
   run_tile(s, data, source, at.target.in_tile(tile), at.residual.in_tile(tile), t);
 }
 

@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from autosparse_fx.kernels.machine_code import MOST_ROWS, gains, group_code
+from autosparse_fx.kernels.packing import gathered, grid, in_planes
 from autosparse_fx.kernels.steps import ACTIVATIONS, MODES, Machine, Step, Window, round_up
 
 # For the packed channels of a tile. Taps of a grid are not aligned, which costs more from the second-level cache.
@@ -34,34 +35,6 @@ class Blob:
         return at
 
 
-@dataclass(frozen=True)
-class _Planes:
-    """The zero-padded planes that hold one channel, one per phase of the stride, and where taps start in them."""
-
-    phases: list[tuple[int, int]]
-    reach: tuple[int, int]  # rows and columns that taps go beyond a pixel's own
-    pitch: int
-    rows: int
-
-    @property
-    def stride(self) -> int:
-        return self.rows * self.pitch
-
-    def tap(self, y: int, x: int, window: Window) -> int:
-        y, x = y * window.dilation[0], x * window.dilation[1]
-        phase = self.phases.index((y % window.stride[0], x % window.stride[1]))
-        return phase * self.stride + y // window.stride[0] * self.pitch + x // window.stride[1]
-
-    @staticmethod
-    def of(window: Window, kernel: tuple[int, int], touched_rows: int) -> "_Planes":
-        """For a tile that touches so many rows of the output."""
-        taps_y = [k * window.dilation[0] for k in range(kernel[0])]
-        taps_x = [k * window.dilation[1] for k in range(kernel[1])]
-        phases = sorted({(y % window.stride[0], x % window.stride[1]) for y in taps_y for x in taps_x})
-        reach = taps_y[-1] // window.stride[0], taps_x[-1] // window.stride[1]
-        return _Planes(phases, reach, window.out_size[1] + reach[1], touched_rows + reach[0])
-
-
 def _tile_vectors(columns: int, machine: Machine, most: int) -> int:
     """As few tiles as there can be, all of about the same width."""
     vectors = -(-columns // machine.vector_length)
@@ -87,8 +60,8 @@ class StepWriter:
         self.kernel = kernel[0], kernel[1]
         self.mode = step.mode or self._default_mode()
         height, out_width = self.window.out_size
-        pitch = _Planes.of(self.window, self.kernel, 1).pitch
-        self.pitch = pitch if self.mode in ("grid", "planes") else out_width
+        pitch = in_planes(self.window, self.kernel, 1).planes.pitch
+        self.pitch = pitch if self.mode == "planes" else out_width
         self.columns = (height - 1) * self.pitch + out_width
         self.depth = self.group_channels * self.kernel[0] * self.kernel[1]
         self.density = float(step.weight.count_nonzero()) / max(1, step.weight.numel())
@@ -101,17 +74,12 @@ class StepWriter:
         most = min(widest, layout.most_vectors or (machine.most_vectors if is_shared else widest))
         self.vectors = step.vectors or _tile_vectors(columns, machine, most)
         width = self.width = self.vectors * machine.vector_length
-        touched = height if self.mode == "planes" else -(-(width + self.pitch - 1) // self.pitch)
-        self.planes = _Planes.of(self.window, self.kernel, min(touched, height))
-        taps = list(itertools.product(range(self.kernel[0]), range(self.kernel[1])))
-        if self.mode in ("grid", "planes"):
-            floats = len(self.planes.phases) * self.planes.stride + self.planes.reach[1]
-            self.channel_stride = round_up(floats, machine.vector_length)
-            self.taps = np.array([self.planes.tap(y, x, self.window) for y, x in taps])
+        if self.mode == "planes":
+            self.packing = in_planes(self.window, self.kernel, machine.vector_length)
+        elif self.mode == "grid":
+            self.packing = grid(self.window, self.kernel, width, machine.vector_length)
         else:
-            (dy, dx), (py, px) = self.window.dilation, self.window.padding
-            self.taps = np.array([(y * dy - py, x * dx - px) for y, x in taps])
-            self.channel_stride = width * len(taps)
+            self.packing = gathered(self.window, self.kernel, width)
         wanted = step.block_channels or max(1, round(layout.block_share * self._default_block_channels()))
         if self.mode == "planes":
             wanted = self.group_channels  # sums between blocks are kept for one tile, and this has several
@@ -143,13 +111,13 @@ class StepWriter:
 
     def _default_block_channels(self) -> int:
         if self.is_coded:
-            entries_per_channel = MOST_ROWS * self.density * len(self.taps)
+            entries_per_channel = MOST_ROWS * self.density * len(self.packing.offsets)
             return max(1, round(CODE_ENTRIES / max(1.0, entries_per_channel)))
-        return max(1, CACHE_BYTES[self.mode] // (4 * self.channel_stride))
+        return max(1, CACHE_BYTES[self.mode] // (4 * self.packing.floats))
 
     def write(self, blob: Blob, chain: int) -> list[int | float]:
         """Append the step's data, and return the fields of the C++ struct."""
-        step, window, planes = self.step, self.window, self.planes
+        step, window, packing, planes = self.step, self.window, self.packing, self.packing.planes
         blocks = self._blocks(blob)
         cost = np.concatenate([[0], np.cumsum(_entries_per_row(step.weight) + 1)]).astype(np.int64)
         if self.is_coded:  # threads share rows by whole groups: where the cost jumps
@@ -169,14 +137,16 @@ class StepWriter:
             self.columns,
             self.vectors,
             MODES.index(self.mode),
-            self.channel_stride,
+            packing.floats,
             planes.pitch,
             planes.rows,
             planes.stride,
-            blob.add(np.array([self._phase(*phase) for phase in planes.phases], np.int64)),
+            blob.add(np.array(planes.fields(window), np.int64)),
             len(planes.phases),
-            blob.add(self.taps.astype(np.int64)),
-            len(self.taps),
+            blob.add(packing.picks.astype(np.int64)),
+            len(packing.picks),
+            packing.row_floats,
+            packing.more_columns,
             blob.add(step.bias.numpy().astype(np.float32)),
             blob.add(np.array(blocks, np.int64)),
             len(blocks),
@@ -185,13 +155,6 @@ class StepWriter:
             int(self.images > 0),
             chain,
         ]
-
-    def _phase(self, y: int, x: int) -> tuple[int, int, int, int]:
-        window, width = self.window, self.planes.pitch
-        start, step = x - window.padding[1], window.stride[1]
-        first = min(width, max(0, -(start // step)))
-        stop = min(width, max(first, -((start - window.in_size[1]) // step)))
-        return y - window.padding[0], start, first, stop
 
     def _blocks(self, blob: Blob) -> list[list[int]]:
         blocks = []
@@ -211,8 +174,7 @@ class StepWriter:
         """The last fields of a block: where its pattern is."""
         row, channel, y, x = (i.numpy() for i in weight.nonzero(as_tuple=True))
         tap = y * self.kernel[1] + x
-        within = self.taps[tap] if self.mode in ("grid", "planes") else tap * self.width
-        offset, value = 4 * (channel * self.channel_stride + within), weight[weight != 0].numpy()
+        offset, value = 4 * (channel * self.packing.floats + self.packing.offsets[tap]), weight[weight != 0].numpy()
         starts = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=weight.shape[0]))])
         if not self.is_coded:
             entries = np.empty(len(row), np.dtype([("offset", np.int32), ("value", np.float32)]))

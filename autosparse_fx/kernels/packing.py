@@ -1,0 +1,102 @@
+"""How a step packs the channels of its source for a tile: where each tap of the kernel finds its columns.
+
+There are three ways, all of which put a whole vector of columns wherever a tap begins:
+
+- ``gathered``: a row of columns per tap. All of them are aligned.
+- ``grid``: a row per column of the kernel, with those rows of the image that the taps above and below read. That is a
+  third of the packing, or less, but most taps are not aligned.
+- ``planes``: the whole image, zero-padded, for grouped convolutions, whose channels few rows of the weight read.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+
+from autosparse_fx.kernels.steps import Window, round_up
+
+
+@dataclass(frozen=True)
+class Planes:
+    """A zero-padded channel, a plane per phase of the stride.
+
+    Attributes:
+        phases: the (y, x) from which every stride-th row and column is taken.
+        pitch, rows: the size of a plane.
+    """
+
+    phases: list[tuple[int, int]]
+    pitch: int
+    rows: int
+
+    @property
+    def stride(self) -> int:
+        """Floats from one plane to the next."""
+        return self.rows * self.pitch
+
+    def fields(self, window: Window) -> list[tuple[int, int, int, int]]:
+        """For each plane the row and column of the image that it begins with, and its columns that lie in the image."""
+        found = []
+        for y, x in self.phases:
+            start, step = x - window.padding[1], window.stride[1]
+            first = min(self.pitch, max(0, -(start // step)))
+            stop = min(self.pitch, max(first, -((start - window.in_size[1]) // step)))
+            found.append((y - window.padding[0], start, first, stop))
+        return found
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The floats that one channel becomes.
+
+    Attributes:
+        offsets: int ``[taps]``, where the columns of each tap begin.
+        floats: of the channel.
+        picks: int ``[rows, 2]``, for each packed row how far from a pixel it begins, in y and x.
+        row_floats: of a packed row.
+        more_columns: how many columns beyond the tile's a packed row has.
+        planes: instead of packed rows.
+    """
+
+    offsets: np.ndarray
+    floats: int
+    picks: np.ndarray
+    row_floats: int
+    more_columns: int = 0
+    planes: Planes = Planes([], 0, 0)  # noqa: RUF009
+
+
+def taps_of(window: Window, kernel: tuple[int, int]) -> list[tuple[int, int]]:
+    """How far each tap is from the first, in rows and columns of the image."""
+    (dy, dx), (rows, columns) = window.dilation, kernel
+    return [(y * dy, x * dx) for y, x in itertools.product(range(rows), range(columns))]
+
+
+def gathered(window: Window, kernel: tuple[int, int], width: int) -> Packing:
+    """A row per tap, ``width`` columns of a tile each."""
+    picks = np.array(taps_of(window, kernel)) - window.padding
+    return Packing(width * np.arange(len(picks)), width * len(picks), picks, width)
+
+
+def grid(window: Window, kernel: tuple[int, int], width: int, vector_length: int) -> Packing:
+    """A row per column of the kernel and phase of the stride in y, with what the taps further down read."""
+    taps, stride, out_width = taps_of(window, kernel), window.stride[0], window.out_size[1]
+    rows = sorted({(y % stride, x) for y, x in taps})
+    more = taps[-1][0] // stride * out_width
+    row_floats = round_up(width + more, vector_length)
+    offsets = [rows.index((y % stride, x)) * row_floats + y // stride * out_width for y, x in taps]
+    return Packing(np.array(offsets), row_floats * len(rows), np.array(rows) - window.padding, row_floats, more)
+
+
+def in_planes(window: Window, kernel: tuple[int, int], vector_length: int) -> Packing:
+    """The whole image."""
+    taps, (stride_y, stride_x) = taps_of(window, kernel), window.stride
+    phases = sorted({(y % stride_y, x % stride_x) for y, x in taps})
+    more = taps[-1][1] // stride_x
+    planes = Planes(phases, window.out_size[1] + more, window.out_size[0] + taps[-1][0] // stride_y)
+    offsets = [
+        phases.index((y % stride_y, x % stride_x)) * planes.stride + y // stride_y * planes.pitch + x // stride_x
+        for y, x in taps
+    ]
+    floats = round_up(len(phases) * planes.stride + more, vector_length)
+    return Packing(np.array(offsets), floats, np.empty((0, 2)), 0, planes=planes)
