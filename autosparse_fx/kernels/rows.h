@@ -138,6 +138,7 @@ void compute_entries(const Step& s, const Block& b, const char* data, const char
     const Entry* e = entries + starts[m - b.row0];
     const Entry* stop = entries + starts[m - b.row0 + 1];
     for (; e != stop; ++e) {
+      __builtin_prefetch(reinterpret_cast<const char*>(e) + 1024, 0, 3);
       const float* p = reinterpret_cast<const float*>(x + e->offset);
       const Vec v(e->value);
 #pragma GCC unroll 16
