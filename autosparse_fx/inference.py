@@ -91,6 +91,7 @@ class _Compiled:
     ) -> None:
         self.function, self.arguments, self.rewrites = function, list(arguments), rewrites
         self._versions = versions
+        self._counted = _counted(tensors)
         self._probes = [] if versions is None else _probes(tensors)
         self._gone: list[object] = []
         # Their numbers are compared at every call, which takes less than looking at references; those only tell when a
@@ -106,7 +107,8 @@ class _Compiled:
             return False
         if self._versions is None:
             return True
-        return self._versions == _versions(tensors) and all(view.item(0) == value for view, value in self._probes)
+        is_same = self._versions == [tensors[number]._version for number in self._counted]
+        return is_same and all(view.item(0) == value for view, value in self._probes)
 
     def is_for_any(self, ids: set[int]) -> bool:
         return not ids.isdisjoint(self._ids)
@@ -116,9 +118,14 @@ class _Compiled:
         return bool(self._gone)
 
 
+def _counted(tensors: Sequence[Tensor]) -> list[int]:
+    """The numbers of those tensors whose writes autograd counts."""
+    return [number for number, tensor in enumerate(tensors) if not tensor.is_inference()]
+
+
 def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    """The numbers of writes to tensors that autograd knows of; 0 where none are counted."""
-    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+    """How often each of the tensors whose writes are counted was written to."""
+    return [tensors[number]._version for number in _counted(tensors)]
 
 
 class FrozenGraph:
