@@ -1,11 +1,11 @@
 """How a step packs the channels of its source for a tile: where each tap of the kernel finds its columns.
 
-There are three ways, all of which put a whole vector of columns wherever a tap begins:
+There are three ways, in each of which the columns that a tap reads are side by side:
 
 - ``gathered``: a row of columns per tap. All of them are aligned.
-- ``grid``: a row per column of the kernel, with those rows of the image that the taps above and below read. That is a
-  third of the packing, or less, but most taps are not aligned.
-- ``planes``: the whole image, zero-padded, for grouped convolutions, whose channels few rows of the weight read.
+- ``grid``: a row per column of the kernel, with those rows of the image that the taps further down read. For a
+  3x3 kernel that is a third of the packing, but most taps are not aligned.
+- ``in_planes``: the whole image, zero-padded, for grouped convolutions, where few rows of the weight read a channel.
 """
 
 import itertools
@@ -63,7 +63,7 @@ class Packing:
     picks: np.ndarray
     row_floats: int
     more_columns: int = 0
-    planes: Planes = Planes([], 0, 0)  # noqa: RUF009
+    planes: Planes = Planes([], 0, 0)
 
 
 def taps_of(window: Window, kernel: tuple[int, int]) -> list[tuple[int, int]]:

@@ -53,8 +53,7 @@ struct Phase {  // of a stride: row r of its plane is row stride_y * r + y of th
 enum Mode : int64_t {
   PLAIN,  // 1x1, stride 1: columns are taken as they are
   DIRECT,  // the same, read where it lies: the source is in tiles
-  GRID,  // rows of columns, picked one by one from whatever layout the source has (see packing.py)
-  GATHERED,  // the same
+  PICKED,  // rows of columns, picked one by one from whatever layout the source has (see packing.py)
   PLANES,  // the whole zero-padded channels of a group, for all of its columns
 };
 
@@ -97,8 +96,6 @@ struct Header {
   int64_t is_tokens;  // units are chunks of tokens instead of images
   int64_t per_unit;  // tokens of a chunk, or the most images that one thread works on at a time
 };
-
-inline bool is_picked(const Step& s) { return s.mode == GRID || s.mode == GATHERED; }
 
 // One tile of one step, as the threads of a team see it.
 struct Tile {

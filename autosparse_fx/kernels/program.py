@@ -103,5 +103,5 @@ def _eight_bytes(number: int | float) -> bytes:
 
 
 def _read_in_any_layout(writers: Sequence[StepWriter], buffers: Sequence[Buffer]) -> list[int]:
-    strict = {w.step.source for w in writers if not (w.mode == "plain" or w.picks_pixels)} | {w.step.residual for w in writers}
+    strict = {w.step.source for w in writers if not w.reads_any_layout} | {w.step.residual for w in writers}
     return [b.index for number, b in enumerate(buffers) if b.kind == "input" and number not in strict]

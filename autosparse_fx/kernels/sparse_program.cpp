@@ -48,7 +48,7 @@ void run_tile(const Step& s, const char* data, const Place& x, const Place& y, c
   float* partial = packed + parts.partial;
   Pick* picks = reinterpret_cast<Pick*>(packed + parts.picks);
   const Block* blocks = reinterpret_cast<const Block*>(data + s.blocks);
-  if (is_picked(s)) find_picks(s, data, x, t, picks);
+  if (s.mode == PICKED) find_picks(s, data, x, t, picks);
   auto run = [&](const Block& b, const char* start, Tile part) {
     COMPUTE[(part.columns + VL - 1) / VL - 1](s, b, data, start, partial, part, y, residual);
   };
@@ -100,7 +100,7 @@ void run_part(const Step& s, const char* data, const Places& at, int64_t columns
   Tile t{tile * width, std::min(width, columns - tile * width), cut(std::max(share.first - before, int64_t(0))),
          cut(std::min(share.stop - before, share.row_parts))};
   if (t.row0 == t.row1) return;
-  const Place source = is_picked(s) ? at.source : at.source.in_tile(tile);
+  const Place source = s.mode == PICKED ? at.source : at.source.in_tile(tile);
   run_tile(s, data, source, at.target.in_tile(tile), at.residual.in_tile(tile), t);
 }
 
@@ -123,7 +123,7 @@ extern "C" int64_t make_executable(void* program, int64_t bytes) {
 
 // inputs, outputs: float32, [batch, channels, ...] images, or [batch, channels] tokens. batch: images or tokens.
 // is_channels_last: of each input, whether its channels are contiguous; only for those that are read in the modes
-// PLAIN, and GATHERED for a single tap. seconds: of each step, what it took one of the threads is added to it, with what that thread waited
+// PLAIN, and PICKED for a single tap. seconds: of each step, what it took one of the threads is added to it, with what that thread waited
 // for others afterwards; or null. False for a copy of a program with machine code, in memory that cannot be executed.
 extern "C" bool run_sparse_program(const char* data, const float* const* inputs, const bool* is_channels_last,
                                    float* const* outputs, int64_t batch, int64_t threads, double* seconds) {

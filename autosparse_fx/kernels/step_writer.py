@@ -8,7 +8,7 @@ from torch import Tensor
 
 from autosparse_fx.kernels.machine_code import MOST_ROWS, gains, group_code
 from autosparse_fx.kernels.packing import gathered, grid, in_planes
-from autosparse_fx.kernels.steps import ACTIVATIONS, MODES, Machine, Step, Window, round_up
+from autosparse_fx.kernels.steps import ACTIVATIONS, MODES, Machine, Step
 
 # For the packed channels of a tile. Taps of a grid are not aligned, which costs more from the second-level cache.
 CACHE_BYTES = {"grid": 32 * 1024, "planes": 0} | dict.fromkeys(("plain", "direct", "gathered"), 64 * 1024)
@@ -96,6 +96,11 @@ class StepWriter:
         """Whether the pixels that are read are single ones of any layout, and of any tiles."""
         return self.mode == "gathered" and self.kernel == (1, 1)
 
+    @property
+    def reads_any_layout(self) -> bool:
+        """Whether the source may be in the channels-last format."""
+        return self.mode == "plain" or self.picks_pixels
+
     def read_tiles(self) -> None:
         """Read the source where it lies, which is in tiles."""
         assert self.mode == "plain"
@@ -136,7 +141,7 @@ class StepWriter:
             self.pitch,
             self.columns,
             self.vectors,
-            MODES.index(self.mode),
+            MODES[self.mode],
             packing.floats,
             planes.pitch,
             planes.rows,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-MODES = ("plain", "direct", "grid", "gathered", "planes")
+MODES = {"plain": 0, "direct": 1, "grid": 2, "gathered": 2, "planes": 3}  # with the numbers that program.h has for them
 ACTIVATIONS = ("none", "relu", "clamp", "gelu", "gelu_tanh", "silu", "hardswish", "sigmoid")
 BUFFER_KINDS = ("arena", "input", "output")
 
