@@ -18,7 +18,7 @@ def tiled_buffers(writers: Sequence[StepWriter], buffers: Sequence[Buffer]) -> d
         if not writer.picks_pixels:
             uses.setdefault(step.source, set()).add((*tiles, writer.mode == "plain"))
         for number in (step.target, step.residual):
-            uses.setdefault(number, set()).add((*tiles, writer.mode != "planes"))
+            uses.setdefault(number, set()).add((*tiles, True))
     return {
         number: next(iter(widths))[0]
         for number, widths in uses.items()

@@ -1,11 +1,10 @@
 """How a step packs the channels of its source for a tile: where each tap of the kernel finds its columns.
 
-There are three ways, in each of which the columns that a tap reads are side by side:
+There are two ways, in each of which the columns that a tap reads are side by side:
 
 - ``gathered``: a row of columns per tap. All of them are aligned.
 - ``grid``: a row per column of the kernel, with those rows of the image that the taps further down read. For a
   3x3 kernel that is a third of the packing, but most taps are not aligned.
-- ``in_planes``: the whole image, zero-padded, for grouped convolutions, where few rows of the weight read a channel.
 """
 
 import itertools
@@ -14,35 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from autosparse_fx.kernels.steps import Window, round_up
-
-
-@dataclass(frozen=True)
-class Planes:
-    """A zero-padded channel, a plane per phase of the stride.
-
-    Attributes:
-        phases: the (y, x) from which every stride-th row and column is taken.
-        pitch, rows: the size of a plane.
-    """
-
-    phases: list[tuple[int, int]]
-    pitch: int
-    rows: int
-
-    @property
-    def stride(self) -> int:
-        """Floats from one plane to the next."""
-        return self.rows * self.pitch
-
-    def fields(self, window: Window) -> list[tuple[int, int, int, int]]:
-        """For each plane the row and column of the image that it begins with, and its columns that lie in the image."""
-        found = []
-        for y, x in self.phases:
-            start, step = x - window.padding[1], window.stride[1]
-            first = min(self.pitch, max(0, -(start // step)))
-            stop = min(self.pitch, max(first, -((start - window.in_size[1]) // step)))
-            found.append((y - window.padding[0], start, first, stop))
-        return found
 
 
 @dataclass(frozen=True)
@@ -55,7 +25,6 @@ class Packing:
         picks: int ``[rows, 2]``, for each packed row how far from a pixel it begins, in y and x.
         row_floats: of a packed row.
         more_columns: how many columns beyond the tile's a packed row has.
-        planes: instead of packed rows.
     """
 
     offsets: np.ndarray
@@ -63,7 +32,6 @@ class Packing:
     picks: np.ndarray
     row_floats: int
     more_columns: int = 0
-    planes: Planes = Planes([], 0, 0)
 
 
 def taps_of(window: Window, kernel: tuple[int, int]) -> list[tuple[int, int]]:
@@ -86,17 +54,3 @@ def grid(window: Window, kernel: tuple[int, int], width: int, vector_length: int
     row_floats = round_up(width + more, vector_length)
     offsets = [rows.index((y % stride, x)) * row_floats + y // stride * out_width for y, x in taps]
     return Packing(np.array(offsets), row_floats * len(rows), np.array(rows) - window.padding, row_floats, more)
-
-
-def in_planes(window: Window, kernel: tuple[int, int], vector_length: int) -> Packing:
-    """The whole image."""
-    taps, (stride_y, stride_x) = taps_of(window, kernel), window.stride
-    phases = sorted({(y % stride_y, x % stride_x) for y, x in taps})
-    more = taps[-1][1] // stride_x
-    planes = Planes(phases, window.out_size[1] + more, window.out_size[0] + taps[-1][0] // stride_y)
-    offsets = [
-        phases.index((y % stride_y, x % stride_x)) * planes.stride + y // stride_y * planes.pitch + x // stride_x
-        for y, x in taps
-    ]
-    floats = round_up(len(phases) * planes.stride + more, vector_length)
-    return Packing(np.array(offsets), floats, np.empty((0, 2)), 0, planes=planes)

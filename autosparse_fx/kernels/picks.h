@@ -13,23 +13,25 @@ constexpr int64_t PADDING = -1;  // the position of a lane that is zero
 class Pick {
  public:
   explicit Pick(const int64_t* positions);  // [VL]
+  Vec of(const float* row) const;
+  int64_t first() const;  // position, about
+  bool is_shift() const;  // whether `shifted` is the same as `of`
+  Vec shifted(const float* row) const;
   void copy(const float* source, int64_t source_stride, int64_t rows, float* target, int64_t target_stride) const;
 
  private:
 #if defined(CPU_CAPABILITY_AVX512)
-  struct Window {  // of two vectors side by side
-    int64_t from;
-    __m512i lanes;
-    __mmask16 low, high;  // what is read of either
-    __m512 of(const float* row) const {
-      const float* start = row + from;
-      return _mm512_permutex2var_ps(_mm512_maskz_loadu_ps(low, start), lanes, _mm512_maskz_loadu_ps(high, start + VL));
-    }
-  };
+  // A window is two vectors side by side in the row, of which lanes are picked.
   enum { SIDE_BY_SIDE, ONE_WINDOW, TWO_WINDOWS, SCATTERED } kind_;
   __mmask16 wanted_, from_second_;
-  Window windows_[2];
-  __m512i positions_;
+  __mmask16 low_[2], high_[2];  // what is read of either vector of a window
+  int64_t from_[2];
+  __m512i lanes_[2], positions_;
+  __m512 window(int number, const float* row) const {
+    const __m512 low = _mm512_maskz_loadu_ps(low_[number], row + from_[number]);
+    const __m512 high = _mm512_maskz_loadu_ps(high_[number], row + from_[number] + VL);
+    return _mm512_permutex2var_ps(low, lanes_[number], high);
+  }
 #else
   bool is_vector_;
   int64_t positions_[VL];
@@ -38,55 +40,58 @@ class Pick {
 
 #if defined(CPU_CAPABILITY_AVX512)
 
-inline Pick::Pick(const int64_t* positions) : wanted_(0), from_second_(0) {
+inline Pick::Pick(const int64_t* positions) : wanted_(0), from_second_(0), low_{0, 0}, high_{0, 0}, from_{0, 0} {
   alignas(64) int32_t lanes[2][VL] = {}, all[VL] = {};
   int last = -1;
-  int64_t side_by_side = 0;
+  int64_t shift = 0;
   bool is_shift = true;
-  windows_[0].from = windows_[1].from = 0;
-  windows_[0].low = windows_[0].high = windows_[1].low = windows_[1].high = 0;
   for (int i = 0; i < VL; ++i) {
     const int64_t position = positions[i];
     if (position == PADDING) continue;
     const __mmask16 bit = __mmask16(1u << i);
-    if (wanted_ == 0) side_by_side = position - i;
-    is_shift = is_shift && position == side_by_side + i;
+    if (wanted_ == 0) shift = position - i;
+    is_shift = is_shift && position == shift + i;
     wanted_ |= bit;
     all[i] = int32_t(position);
-    if (last < 0 || (last < 2 && (position < windows_[last].from || position >= windows_[last].from + 2 * VL))) {
-      if (++last < 2) windows_[last].from = position;
+    if (last < 0 || (last < 2 && (position < from_[last] || position >= from_[last] + 2 * VL))) {
+      if (++last < 2) from_[last] = position;
     }
     if (last > 1) continue;
-    const int lane = int(position - windows_[last].from);
+    const int lane = int(position - from_[last]);
     lanes[last][i] = lane;
-    (lane < VL ? windows_[last].low : windows_[last].high) |= __mmask16(1u << lane % VL);
+    (lane < VL ? low_ : high_)[last] |= __mmask16(1u << lane % VL);
     if (last == 1) from_second_ |= bit;
   }
   kind_ = is_shift ? SIDE_BY_SIDE : last == 0 ? ONE_WINDOW : last == 1 ? TWO_WINDOWS : SCATTERED;
-  if (is_shift) windows_[0].from = side_by_side;
-  for (int w = 0; w < 2; ++w) windows_[w].lanes = _mm512_load_si512(lanes[w]);
+  if (is_shift) from_[0] = shift;
+  for (int w = 0; w < 2; ++w) lanes_[w] = _mm512_load_si512(lanes[w]);
   positions_ = _mm512_load_si512(all);
 }
 
+inline Vec Pick::of(const float* row) const {
+  switch (kind_) {
+    case SIDE_BY_SIDE: return _mm512_maskz_loadu_ps(wanted_, row + from_[0]);
+    case ONE_WINDOW: return _mm512_maskz_mov_ps(wanted_, window(0, row));
+    case TWO_WINDOWS:
+      return _mm512_maskz_mov_ps(wanted_, _mm512_mask_blend_ps(from_second_, window(0, row), window(1, row)));
+    default: return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), wanted_, positions_, row, sizeof(float));
+  }
+}
+
+inline int64_t Pick::first() const { return from_[0]; }
+inline bool Pick::is_shift() const { return kind_ == SIDE_BY_SIDE; }
+inline Vec Pick::shifted(const float* row) const { return _mm512_maskz_loadu_ps(wanted_, row + from_[0]); }
+
 inline void Pick::copy(const float* source, int64_t source_stride, int64_t rows, float* target,
                        int64_t target_stride) const {
-  auto each = [&](auto pick) C10_ALWAYS_INLINE_ATTRIBUTE {
-    for (int64_t k = 0; k < rows; ++k) _mm512_storeu_ps(target + k * target_stride, pick(source + k * source_stride));
+  const Pick pick = *this;  // which the stores can't change: it stays in registers
+  auto each = [&](auto of) C10_ALWAYS_INLINE_ATTRIBUTE {
+    for (int64_t k = 0; k < rows; ++k) of(source + k * source_stride).store(target + k * target_stride);
   };
-  const Window first = windows_[0], second = windows_[1];
-  const __mmask16 wanted = wanted_, from_second = from_second_;
-  const __m512i positions = positions_;
-  switch (kind_) {
-    case SIDE_BY_SIDE: return each([=](const float* row) { return _mm512_maskz_loadu_ps(wanted, row + first.from); });
-    case ONE_WINDOW: return each([=](const float* row) { return _mm512_maskz_mov_ps(wanted, first.of(row)); });
-    case TWO_WINDOWS:
-      return each([=](const float* row) {
-        return _mm512_maskz_mov_ps(wanted, _mm512_mask_blend_ps(from_second, first.of(row), second.of(row)));
-      });
-    case SCATTERED:
-      return each([=](const float* row) {
-        return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), wanted, positions, row, sizeof(float));
-      });
+  if (is_shift()) {
+    each([&](const float* row) { return pick.shifted(row); });
+  } else {
+    each([&](const float* row) { return pick.of(row); });
   }
 }
 
@@ -98,6 +103,17 @@ inline Pick::Pick(const int64_t* positions) : is_vector_(true) {
     is_vector_ = is_vector_ && positions[i] != PADDING && positions[i] == positions[0] + i;
   }
 }
+
+inline Vec Pick::of(const float* row) const {
+  if (is_vector_) return Vec::loadu(row + positions_[0]);
+  float lanes[VL];
+  for (int i = 0; i < VL; ++i) lanes[i] = positions_[i] == PADDING ? 0.f : row[positions_[i]];
+  return Vec::loadu(lanes);
+}
+
+inline int64_t Pick::first() const { return positions_[0]; }
+inline bool Pick::is_shift() const { return is_vector_; }
+inline Vec Pick::shifted(const float* row) const { return Vec::loadu(row + positions_[0]); }
 
 inline void Pick::copy(const float* source, int64_t source_stride, int64_t rows, float* target,
                        int64_t target_stride) const {
@@ -115,11 +131,11 @@ inline void Pick::copy(const float* source, int64_t source_stride, int64_t rows,
 // Vectors of a packed row.
 inline int64_t picked_vectors(const Step& s, Tile t) { return (t.columns + s.more_columns + VL - 1) / VL; }
 
-// The picks of a tile: [vectors][packed rows].
+// The picks of a tile: [packed rows][vectors].
 void find_picks(const Step& s, const char* data, const Place& x, Tile t, Pick* picks) {
   const int64_t* away = reinterpret_cast<const int64_t*>(data + s.picks);
-  const int64_t stop = t.column0 + t.columns + s.more_columns;
-  for (int64_t start = t.column0; start < stop; start += VL) {
+  const int64_t stop = t.column0 + t.columns + s.more_columns, vectors = picked_vectors(s, t);
+  for (int64_t start = t.column0; start < stop; start += VL, ++picks) {
     int64_t image[VL], y[VL], x0[VL], positions[VL];
     const int64_t columns = std::min<int64_t>(VL, stop - start);
     for (int64_t i = 0; i < columns; ++i) {
@@ -136,7 +152,7 @@ void find_picks(const Step& s, const char* data, const Place& x, Tile t, Pick* p
         const int64_t tile = x.tile_step == 0 ? 0 : pixel / x.row_stride;
         positions[i] = is_inside ? image[i] + tile * x.tile_step + pixel * x.column_stride : PADDING;
       }
-      new (picks++) Pick(positions);
+      new (picks + k * vectors) Pick(positions);
     }
   }
 }

@@ -45,16 +45,11 @@ struct Buffer {
   int64_t tile_step, alone_tile_step;
 };
 
-struct Phase {  // of a stride: row r of its plane is row stride_y * r + y of the input, column q is stride_x * q + start
-  int64_t y, start;
-  int64_t first, stop;  // columns that are not padding
-};
-
 enum Mode : int64_t {
   PLAIN,  // 1x1, stride 1: columns are taken as they are
   DIRECT,  // the same, read where it lies: the source is in tiles
   PICKED,  // rows of columns, picked one by one from whatever layout the source has (see packing.py)
-  PLANES,  // the whole zero-padded channels of a group, for all of its columns
+  DEPTHWISE,  // every row reads a single channel, where it lies
 };
 
 enum Activation : int64_t { NONE, RELU, CLAMP, GELU, GELU_TANH, SILU, HARDSWISH, SIGMOID };
@@ -66,21 +61,17 @@ struct Step {
   int64_t rows;
   int64_t in_height, in_width, out_height, out_width;
   int64_t stride_y, stride_x;
-  int64_t pitch;  // of the grid; out_width where columns and grid are the same
-  int64_t columns;  // of the grid, for one image
+  int64_t columns;  // for one image
   int64_t vectors;  // width of a tile
   int64_t mode;
   int64_t channel_stride;  // floats of one channel in the packed block
-  int64_t plane_pitch;  // floats of a row of a zero-padded plane
-  int64_t phase_rows;  // of a plane
-  int64_t phase_stride;  // floats of a plane
-  int64_t phases;  // byte position in data
-  int64_t phase_count;
   int64_t picks;  // byte position in data: how far from a pixel each packed row begins, in y and x, int64
   int64_t pick_count;
   int64_t row_floats;  // of a packed row
   int64_t more_columns;  // of a packed row, beyond the tile's
   int64_t bias;  // byte position in data, rows floats
+  int64_t taps;  // of DEPTHWISE, byte position in data: [rows][pick_count] floats
+  int64_t rows_per_channel;  // of DEPTHWISE
   int64_t blocks;  // byte position in data
   int64_t block_count;
   int64_t row_cost;  // byte position in data: rows + 1 running sums of entries, int64
@@ -99,7 +90,7 @@ struct Header {
 
 // One tile of one step, as the threads of a team see it.
 struct Tile {
-  int64_t column0, columns;  // in the grid
+  int64_t column0, columns;
   int64_t row0, row1;  // of the output, this thread's
 };
 

@@ -7,6 +7,7 @@
 #include <array>
 #include <utility>
 
+#include "picks.h"
 #include "program.h"
 
 namespace {
@@ -35,34 +36,26 @@ C10_ALWAYS_INLINE void activate(Vec (&x)[NV], const Step& s) {
   }
 }
 
-// Whether the columns of a tile are not side by side in memory.
+// Whether the columns of a tile, which belong to several images, are not side by side in memory.
 inline bool is_in_pieces(const Step& s, const Place& y, const Place& residual) {
-  if (s.mode == PLANES) return s.pitch != s.out_width;
   if (!s.joint) return false;
   return y.image_stride != s.columns || (residual.data != nullptr && residual.image_stride != s.columns);
 }
 
-// Writes one row of a tile whose columns lie on a wider grid than the output, a row of the output at a time; or belong
-// to several images, an image at a time.
+// Writes one row of such a tile, an image at a time.
 void write_pieces(const Step& s, const float* line, Tile t, int64_t m, const Place& y, const Place& residual) {
-  const bool is_grid = s.mode == PLANES;
-  const int64_t period = is_grid ? s.pitch : s.columns, wanted = is_grid ? s.out_width : s.columns;
-  const int64_t pieces = is_grid ? s.out_height : INT64_MAX;
-  const int64_t y_step = is_grid ? s.out_width : y.image_stride, add_step = is_grid ? s.out_width : residual.image_stride;
   float* out = y.data + m * y.row_stride;
   const float* add = residual.data + m * residual.row_stride;
-  for (int64_t column = t.column0, done = 0; done < t.columns;) {
-    int64_t piece = column / period, x = column % period;
-    int64_t here = std::min(period - x, t.columns - done), keep = std::min(here, wanted - x);
-    for (int64_t i = 0; piece < pieces && i < keep; i += VL) {
-      int n = int(std::min<int64_t>(VL, keep - i));
+  for (int64_t done = 0, here; done < t.columns; done += here) {
+    const int64_t image = (t.column0 + done) / s.columns, x = (t.column0 + done) % s.columns;
+    here = std::min(s.columns - x, t.columns - done);
+    for (int64_t i = 0; i < here; i += VL) {
+      int n = int(std::min<int64_t>(VL, here - i));
       Vec value[1] = {Vec::loadu(line + done + i, n)};
-      if (residual.data != nullptr) value[0] = value[0] + Vec::loadu(add + piece * add_step + x + i, n);
+      if (residual.data != nullptr) value[0] = value[0] + Vec::loadu(add + image * residual.image_stride + x + i, n);
       activate(value, s);
-      value[0].store(out + piece * y_step + x + i, n);
+      value[0].store(out + image * y.image_stride + x + i, n);
     }
-    column += here;
-    done += here;
   }
 }
 
@@ -159,6 +152,45 @@ void compute(const Step& s, const Block& b, const char* data, const char* x, flo
   if (b.group_count > 0) return compute_coded<NV>(s, b, data, x, partial, t, y, residual);
   if constexpr (NV <= REGISTERS) compute_entries<NV>(s, b, data, x, partial, t, y, residual);
 }
+
+// Rows that read a single channel each.
+template <int NV>
+void compute_depthwise(const Step& s, const char* data, const Place& x, const Pick* picks, float* partial, Tile t,
+                       const Place& y, const Place& residual) {
+  const float* bias = reinterpret_cast<const float*>(data + s.bias);
+  const float* weight = reinterpret_cast<const float*>(data + s.taps) + t.row0 * s.pick_count;
+  // What other threads have just written of the channels would be waited for, one channel after the other.
+  const int64_t line = 64 / sizeof(float), ahead = 8 * x.row_stride;
+  const int64_t first = picks[0].first(), last = picks[s.pick_count * NV - 1].first() + VL;
+  auto each_row = [&](auto of) C10_ALWAYS_INLINE_ATTRIBUTE {
+    for (int64_t m = t.row0; m < t.row1; ++m) {
+      const float* channel = x.data + m / s.rows_per_channel * x.row_stride;
+      for (int64_t i = first; i < last; i += line) __builtin_prefetch(channel + ahead + i);
+      Vec acc[NV];
+      for (int j = 0; j < NV; ++j) acc[j] = Vec(bias[m]);
+      const Pick* pick = picks;
+      for (int64_t k = 0; k < s.pick_count; ++k, ++weight, pick += NV) {
+        const Vec v(*weight);
+#pragma GCC unroll 16
+        for (int j = 0; j < NV; ++j) acc[j] = at::vec::fmadd(v, of(pick[j], channel), acc[j]);
+      }
+      finish(s, acc, m, partial, t, y, residual);
+    }
+  };
+  if (std::all_of(picks, picks + s.pick_count * NV, [](const Pick& pick) { return pick.is_shift(); })) {
+    each_row([](const Pick& pick, const float* channel) { return pick.shifted(channel); });
+  } else {
+    each_row([](const Pick& pick, const float* channel) { return pick.of(channel); });
+  }
+}
+
+using ComputeDepthwise = void (*)(const Step&, const char*, const Place&, const Pick*, float*, Tile, const Place&,
+                                  const Place&);
+template <int... NV>
+constexpr std::array<ComputeDepthwise, sizeof...(NV)> depthwise_computes(std::integer_sequence<int, NV...>) {
+  return {compute_depthwise<NV + 1>...};
+}
+constexpr auto COMPUTE_DEPTHWISE = depthwise_computes(std::make_integer_sequence<int, REGISTERS>());
 
 using Compute = void (*)(const Step&, const Block&, const char*, const char*, float*, Tile, const Place&, const Place&);
 template <int... NV>

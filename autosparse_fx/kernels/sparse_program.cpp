@@ -35,7 +35,7 @@ struct TileMemory {  // what a thread needs for a tile of a step, in floats, one
   int64_t picks, partial, all;
   explicit TileMemory(const Step& s) {
     auto aligned = [](int64_t floats) { return (floats + 63) / 64 * 64; };
-    const int64_t beyond = MAX_NV * VL + s.plane_pitch;  // what vectors reach beyond their tile
+    const int64_t beyond = MAX_NV * VL;  // what vectors reach beyond their tile
     picks = aligned(s.block_channels * s.channel_stride + beyond);
     partial = picks + aligned(s.pick_count * (s.row_floats / VL) * sizeof(Pick) / sizeof(float));
     all = partial + s.rows * s.vectors * VL;
@@ -48,23 +48,15 @@ void run_tile(const Step& s, const char* data, const Place& x, const Place& y, c
   float* partial = packed + parts.partial;
   Pick* picks = reinterpret_cast<Pick*>(packed + parts.picks);
   const Block* blocks = reinterpret_cast<const Block*>(data + s.blocks);
-  if (s.mode == PICKED) find_picks(s, data, x, t, picks);
-  auto run = [&](const Block& b, const char* start, Tile part) {
-    COMPUTE[(part.columns + VL - 1) / VL - 1](s, b, data, start, partial, part, y, residual);
-  };
+  if (s.mode == PICKED || s.mode == DEPTHWISE) find_picks(s, data, x, t, picks);
+  const int64_t vectors = (t.columns + VL - 1) / VL;
+  if (s.mode == DEPTHWISE) COMPUTE_DEPTHWISE[vectors - 1](s, data, x, picks, partial, t, y, residual);
   for (int64_t i = 0; i < s.block_count; ++i) {
     const Block& b = blocks[i];
     if (b.row1 <= t.row0 || b.row0 >= t.row1) continue;
-    if (s.mode == DIRECT) {
-      run(b, reinterpret_cast<const char*>(x.data + b.channel0 * x.row_stride + t.column0), t);
-      continue;
-    }
-    const char* start = pack(s, b, data, x, picks, packed, t);
-    const int64_t width = s.mode == PLANES ? s.vectors * VL : t.columns;
-    for (int64_t column = 0; column < t.columns; column += width) {
-      Tile part{t.column0 + column, std::min(width, t.columns - column), t.row0, t.row1};
-      run(b, start + column * sizeof(float), part);
-    }
+    const char* start = s.mode == DIRECT ? reinterpret_cast<const char*>(x.data + b.channel0 * x.row_stride + t.column0)
+                                         : pack(s, b, x, picks, packed, t);
+    COMPUTE[vectors - 1](s, b, data, start, partial, t, y, residual);
   }
   if (y.column_stride != 1) {
     turn(partial, s.vectors * VL, y.data + t.column0 * y.column_stride + t.row0, y.column_stride, t.row1 - t.row0,
@@ -76,7 +68,7 @@ void run_tile(const Step& s, const char* data, const Place& x, const Place& y, c
 struct Share {
   int64_t width, tiles, row_parts, first, stop;
   Share(const Step& s, int64_t columns, int64_t member, int64_t team) {
-    width = s.mode == PLANES ? columns : s.vectors * VL;
+    width = s.vectors * VL;
     tiles = (columns + width - 1) / width;
     row_parts = 1;
     while (row_parts < team && (tiles * row_parts) % team != 0 && tiles < 4 * team) ++row_parts;
@@ -100,7 +92,7 @@ void run_part(const Step& s, const char* data, const Places& at, int64_t columns
   Tile t{tile * width, std::min(width, columns - tile * width), cut(std::max(share.first - before, int64_t(0))),
          cut(std::min(share.stop - before, share.row_parts))};
   if (t.row0 == t.row1) return;
-  const Place source = s.mode == PICKED ? at.source : at.source.in_tile(tile);
+  const Place source = s.mode == PICKED || s.mode == DEPTHWISE ? at.source : at.source.in_tile(tile);
   run_tile(s, data, source, at.target.in_tile(tile), at.residual.in_tile(tile), t);
 }
 

@@ -7,11 +7,11 @@ import numpy as np
 from torch import Tensor
 
 from autosparse_fx.kernels.machine_code import MOST_ROWS, gains, group_code
-from autosparse_fx.kernels.packing import gathered, grid, in_planes
+from autosparse_fx.kernels.packing import gathered, grid
 from autosparse_fx.kernels.steps import ACTIVATIONS, MODES, Machine, Step
 
 # For the packed channels of a tile. Taps of a grid are not aligned, which costs more from the second-level cache.
-CACHE_BYTES = {"grid": 32 * 1024, "planes": 0} | dict.fromkeys(("plain", "direct", "gathered"), 64 * 1024)
+CACHE_BYTES = {"grid": 32 * 1024} | dict.fromkeys(("plain", "direct", "gathered", "depthwise"), 64 * 1024)
 GATHER_ROWS = 96  # of a weight, from which packing a row per tap pays
 CODE_TILE = 16
 JOINT_COLUMNS = 64  # of an image, up to which several stand side by side
@@ -60,36 +60,30 @@ class StepWriter:
         self.kernel = kernel[0], kernel[1]
         self.mode = step.mode or self._default_mode()
         height, out_width = self.window.out_size
-        pitch = in_planes(self.window, self.kernel, 1).planes.pitch
-        self.pitch = pitch if self.mode == "planes" else out_width
-        self.columns = (height - 1) * self.pitch + out_width
+        self.columns = height * out_width
         self.depth = self.group_channels * self.kernel[0] * self.kernel[1]
         self.density = float(step.weight.count_nonzero()) / max(1, step.weight.numel())
         columns = tokens or self.columns * max(1, images)
         narrow = _tile_vectors(columns, machine, machine.most_vectors)
         layout = step.layout
         by_code = gains(self.density, self.depth, narrow) if layout.is_coded is None else layout.is_coded
-        self.is_coded = machine.runs_code and by_code
+        self.is_coded = machine.runs_code and by_code and self.mode != "depthwise"
         widest = CODE_TILE if self.is_coded and not tokens else machine.most_vectors
         most = min(widest, layout.most_vectors or (machine.most_vectors if is_shared else widest))
         self.vectors = step.vectors or _tile_vectors(columns, machine, most)
         width = self.width = self.vectors * machine.vector_length
-        if self.mode == "planes":
-            self.packing = in_planes(self.window, self.kernel, machine.vector_length)
-        elif self.mode == "grid":
+        if self.mode == "grid":
             self.packing = grid(self.window, self.kernel, width, machine.vector_length)
         else:
             self.packing = gathered(self.window, self.kernel, width)
         wanted = step.block_channels or max(1, round(layout.block_share * self._default_block_channels()))
-        if self.mode == "planes":
-            wanted = self.group_channels  # sums between blocks are kept for one tile, and this has several
         # As few blocks as that allows, all of about the same size.
         self.block_channels = -(-self.group_channels // -(-self.group_channels // min(self.group_channels, wanted)))
 
     @property
     def may_be_joint(self) -> bool:
         """Whether images can and should be worked on side by side: theirs alone would fill few vectors."""
-        return self.columns <= JOINT_COLUMNS and self.mode in ("plain", "gathered")
+        return self.columns <= JOINT_COLUMNS and self.mode in ("plain", "gathered", "depthwise")
 
     @property
     def picks_pixels(self) -> bool:
@@ -111,7 +105,7 @@ class StepWriter:
         if self.kernel == (1, 1) and window.stride == (1, 1) and window.padding == (0, 0):
             return "plain"
         if self.step.groups > 1:
-            return "planes"
+            return "depthwise" if self.group_channels == 1 else "grid"
         return "gathered" if self.rows >= GATHER_ROWS or self.kernel == (1, 1) else "grid"
 
     def _default_block_channels(self) -> int:
@@ -122,8 +116,8 @@ class StepWriter:
 
     def write(self, blob: Blob, chain: int) -> list[int | float]:
         """Append the step's data, and return the fields of the C++ struct."""
-        step, window, packing, planes = self.step, self.window, self.packing, self.packing.planes
-        blocks = self._blocks(blob)
+        step, window, packing = self.step, self.window, self.packing
+        blocks = [] if self.mode == "depthwise" else self._blocks(blob)
         cost = np.concatenate([[0], np.cumsum(_entries_per_row(step.weight) + 1)]).astype(np.int64)
         if self.is_coded:  # threads share rows by whole groups: where the cost jumps
             starts = np.array([start for start, _ in self._groups()])
@@ -138,21 +132,17 @@ class StepWriter:
             *window.in_size,
             *window.out_size,
             *window.stride,
-            self.pitch,
             self.columns,
             self.vectors,
             MODES[self.mode],
             packing.floats,
-            planes.pitch,
-            planes.rows,
-            planes.stride,
-            blob.add(np.array(planes.fields(window), np.int64)),
-            len(planes.phases),
             blob.add(packing.picks.astype(np.int64)),
             len(packing.picks),
             packing.row_floats,
             packing.more_columns,
             blob.add(step.bias.numpy().astype(np.float32)),
+            blob.add(step.weight.numpy()) if self.mode == "depthwise" else 0,
+            self.rows // step.groups,
             blob.add(np.array(blocks, np.int64)),
             len(blocks),
             blob.add(cost),

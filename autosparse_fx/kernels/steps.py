@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-MODES = {"plain": 0, "direct": 1, "grid": 2, "gathered": 2, "planes": 3}  # with the numbers that program.h has for them
+# With the numbers that program.h has for them.
+MODES = {"plain": 0, "direct": 1, "grid": 2, "gathered": 2, "depthwise": 3}
 ACTIVATIONS = ("none", "relu", "clamp", "gelu", "gelu_tanh", "silu", "hardswish", "sigmoid")
 BUFFER_KINDS = ("arena", "input", "output")
 

@@ -224,7 +224,7 @@ def random_net(rng: random.Random) -> tuple[Net, list[int]]:
         stride = (1, 1) if plain else (rng.randint(1, 3), rng.randint(1, 4))
         groups = rng.choice([g for g in (1, 2, 3, channels) if channels % g == 0])
         rows = channels if rng.random() < 0.5 else groups * rng.randint(1, 24 // groups + 1)
-        modes = ["grid", "gathered", "planes"]
+        modes = ["grid", "gathered", *(["depthwise", "depthwise"] if groups == channels else [])]
         if kernel == (1, 1) and padding == (0, 0):
             modes = ["plain"] if stride == (1, 1) else [*modes, "gathered", "gathered"]
         others: dict[str, Any] = {

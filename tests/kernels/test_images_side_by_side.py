@@ -100,7 +100,7 @@ def test_only_narrow_layers_at_the_end() -> None:
     net = Net()
     x = net.input(8, 8)
     net.layer(x, 200, 3, padding=1)
-    net.layer(x, 8, 3, padding=1)  # few rows read its columns: it packs planes of one image
+    net.layer(x, 8, 3, padding=1)  # few rows read its columns: it packs a grid of one image
     net.layer(x, 8, 3, padding=1, groups=8)
     net.layer(x, 8, mode="plain", padding=0)
     assert [StepWriter(step, machine()).may_be_joint for step in net.steps] == [True, False, False, True]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from kernels.compare import ACTIVATIONS, Net, assert_close, poison, sparse, threads
 
-WINDOW_MODES = ["grid", "gathered", "planes"]
+WINDOW_MODES = ["grid", "gathered"]
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +54,25 @@ def test_image_smaller_than_its_padding_and_odd_ones(size: tuple[int, int], mode
 @pytest.mark.parametrize("mode", WINDOW_MODES)
 def test_taps_that_see_nothing_but_padding(mode: str) -> None:
     one_layer(4, 2, 6, 3, padding=9, dilation=7, mode=mode).check([1])
+
+
+@pytest.mark.parametrize("kernel", [1, 2, 3, (1, 5), 5])
+@pytest.mark.parametrize("stride", [1, 2, 3, (1, 2)])
+@pytest.mark.parametrize("padding", [0, 1, 4])
+@pytest.mark.parametrize("dilation", [1, 2, (1, 3)])
+def test_depthwise(
+    kernel: int | tuple[int, int], stride: int | tuple[int, int], padding: int, dilation: int | tuple[int, int]
+) -> None:
+    for size, multiplier in (((13, 17), 1), ((30, 19), 2)):
+        window = {"stride": stride, "padding": padding, "dilation": dilation, "groups": 6}
+        one_layer(6, size, 6 * multiplier, kernel, mode="depthwise", density=0.8, **window).check([1], 3)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (2, 3), (40, 3), (7, 7), (14, 14), (28, 56)])
+@pytest.mark.parametrize("vectors", [0, 1, 3, 8])
+def test_depthwise_of_many_sizes(size: tuple[int, int], vectors: int) -> None:
+    one_layer(5, size, 5, 3, padding=1, groups=5, density=1.0, vectors=vectors).check([1], 3)
+    one_layer(5, size, 5, 3, padding=1, groups=5, density=1.0, stride=2, vectors=vectors).check([1], 1)
 
 
 @pytest.mark.parametrize("mode", ["", *WINDOW_MODES])
