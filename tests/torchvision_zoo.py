@@ -42,6 +42,10 @@ UNSEEN = {
 # Suffixes of parameters that the model's own code multiplies by, which sparsify masks if it is given example inputs.
 MULTIPLIED = {"mvit_v2_s": (".rel_pos_h", ".rel_pos_w", ".rel_pos_t")}
 
+# Prefixes of weights that the output does not depend on: only the class token of the last block is read, whose query is
+# not pooled and has no position.
+UNREAD = {"mvit_v2_s": ("blocks.15.attn.pool_q.", "blocks.15.attn.rel_pos_")}
+
 # By the module of torchvision that a model is built in.
 _RCNN = {
     "min_size": 64,
@@ -78,6 +82,7 @@ class Case(NamedTuple):
     model: nn.Module
     args: tuple[Any, ...]
     cuts: dict[str, float]  # for each weight that is to be masked, the magnitude up to which it is
+    unread: tuple[str, ...] = ()  # prefixes of weights whose gradient is 0
 
 
 def build(name: str) -> Case:
@@ -107,7 +112,7 @@ def build(name: str) -> Case:
         args = (x, x.roll(2, -1) + 0.1 * torch.randn_like(x), 2)
     elif group == "detection":
         args = (list(x[:2].sigmoid()), [_target(i, dtype) for i in range(2)])
-    return deterministic(model.to(dtype), args, MULTIPLIED.get(name, ()))
+    return deterministic(model.to(dtype), args, MULTIPLIED.get(name, ()))._replace(unread=UNREAD.get(name, ()))
 
 
 def small_vision_transformer() -> Case:
