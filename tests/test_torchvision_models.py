@@ -73,7 +73,8 @@ def by_definition(case: Case, cuts: dict[str, float], alpha: float = ALPHA) -> R
     found = results(call, case.args, {**held, **read})
     for name, s in logits.items():
         grad = found[name]
-        assert grad is not None and grad.any() != name.startswith(case.unread), f"{name} is not used: choose other inputs"
+        is_read = not name.startswith(case.unread)
+        assert grad is not None and grad.any() == is_read, f"{name} is not used: choose other inputs"
         masked = reference.masked(held[name], s, alpha)
         found[name], ds = torch.autograd.grad(masked, (held[name], s), grad)
         found[f"{name}_threshold"] = (0.1 * ds).float()
