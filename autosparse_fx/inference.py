@@ -107,7 +107,7 @@ class _Compiled:
             return False
         if self._versions is None:
             return True
-        is_same = self._versions == [tensors[number]._version for number in self._counted]
+        is_same = self._versions == _versions(tensors, self._counted)
         return is_same and all(view.item(0) == value for view, value in self._probes)
 
     def is_for_any(self, ids: set[int]) -> bool:
@@ -123,9 +123,9 @@ def _counted(tensors: Sequence[Tensor]) -> list[int]:
     return [number for number, tensor in enumerate(tensors) if not tensor.is_inference()]
 
 
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    """How often each of the tensors whose writes are counted was written to."""
-    return [tensors[number]._version for number in _counted(tensors)]
+def _versions(tensors: Sequence[Tensor], counted: Sequence[int]) -> list[int]:
+    """How often each of the tensors with these numbers was written to."""
+    return [tensors[number]._version for number in counted]
 
 
 class FrozenGraph:
@@ -155,7 +155,7 @@ class FrozenGraph:
         """Compile for these weights as constants; return False where no layer would run sparse."""
         graph = with_constants(self._graph, dict(zip(self._state, tensors, strict=True)))
         graph.meta[AUTOTUNE] = bool(self._patches.get("max_autotune"))
-        versions = _versions(tensors)
+        versions = _versions(tensors, _counted(tensors))
         if not _make_sparse(graph):
             return False
         inputs = [self._example_inputs[number] for number in self._rest]

@@ -191,12 +191,12 @@ def test_threads_that_meet_a_write_compile_once_and_stay_sparse(seen: Seen, monk
     count = inference.MOST_REWRITES + 4
     arrived, local, original = threading.Barrier(count), threading.local(), inference._versions
 
-    def versions(tensors: Sequence[Tensor]) -> list[int]:
+    def versions(tensors: Sequence[Tensor], counted: Sequence[int]) -> list[int]:
         """All threads are inside of a call before one compares versions."""
         if not hasattr(local, "waited"):
             local.waited = True
             arrived.wait(60)
-        return original(tensors)
+        return original(tensors, counted)
 
     monkeypatch.setattr(inference, "_versions", versions)
 
