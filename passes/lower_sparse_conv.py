@@ -3,6 +3,7 @@ the residual that is added, and its activation.
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.fx import GraphModule, Node
 from autosparse_fx._compat.dynamo_graphs import size_hint
 from autosparse_fx.kernels import ops  # noqa: F401  (the operators must exist)
 from autosparse_fx.kernels.choice import CHOICE, Choice, choose, lacking
+from autosparse_fx.kernels.library import library
 from autosparse_fx.passes.constants import constant, new_constant, remove_unused_constants
 from autosparse_fx.passes.epilogues import activation_of, only_user, same_shape
 
@@ -19,11 +21,13 @@ SPARSE_CONV = torch.ops.autosparse.sparse_conv.default
 
 
 def lower_sparse_conv(gm: GraphModule) -> int:
-    """Lower every convolution that gains, and grouped ones that stand between two that do."""
+    """Lower every convolution that gains, and those between them that lose little by it."""
     convolutions = gm.graph.find_nodes(op="call_function", target=aten.convolution.default)
     for node in convolutions:
         node.meta[CHOICE] = _choice(node)
     chosen = [node for node in convolutions if node.meta[CHOICE].is_sparse]
+    if chosen and library().machine.runs_code:
+        chosen += _close_between(convolutions)
     for node in convolutions:
         if node not in chosen and _is_between(node, chosen):
             node.meta[CHOICE] = Choice(True, "grouped, between layers that run sparse")
@@ -74,6 +78,44 @@ def _unsupported(node: Node) -> str:
 
 def _is_static(value: Tensor) -> bool:
     return all(isinstance(size, int) for size in value.shape[1:])
+
+
+def _close_between(convolutions: list[Node]) -> list[Node]:
+    """Take in the layers about as fast on a sparse kernel that lie between such as gain, behind some and before others.
+
+    Their tensors would be converted twice. None where all of them together cost half of what the others gain.
+    """
+    close = [node for node in convolutions if node.meta[CHOICE].is_close and not node.meta[CHOICE].is_sparse]
+    behind: set[Node] = set()
+    for node in convolutions:  # in the order of the graph
+        if any(source.meta[CHOICE].is_sparse or source in behind for source in _sources(node)):
+            behind.update({node} & set(close))
+    before: set[Node] = set()
+    for node in reversed(convolutions):
+        if node.meta[CHOICE].is_sparse or node in before:
+            before.update(set(_sources(node)) & set(close))
+    between = [node for node in close if node in behind and node in before]
+    gained = sum(node.meta[CHOICE].saved for node in convolutions if node.meta[CHOICE].is_sparse)
+    if -sum(node.meta[CHOICE].saved for node in between) > gained / 2:
+        return []
+    for node in between:
+        node.meta[CHOICE] = replace(node.meta[CHOICE], is_sparse=True, reason="between layers that run sparse")
+    return between
+
+
+def _sources(node: Node) -> list[Node]:
+    """The convolutions whose results a convolution reads, added to others or activated."""
+    found, seen, todo = [], set(), list(node.all_input_nodes[:1])
+    while todo:
+        source = todo.pop()
+        if source in seen:
+            continue
+        seen.add(source)
+        if source.target is aten.convolution.default:
+            found.append(source)
+        elif source.target is aten.add.Tensor or activation_of(source) is not None:
+            todo.extend(source.all_input_nodes)
+    return found
 
 
 def _is_between(node: Node, chosen: list[Node]) -> bool:

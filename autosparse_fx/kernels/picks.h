@@ -135,19 +135,23 @@ inline int64_t picked_vectors(const Step& s, Tile t) { return (t.columns + s.mor
 void find_picks(const Step& s, const char* data, const Place& x, Tile t, Pick* picks) {
   const int64_t* away = reinterpret_cast<const int64_t*>(data + s.picks);
   const int64_t stop = t.column0 + t.columns + s.more_columns, vectors = picked_vectors(s, t);
+  const int64_t pixels = s.in_height * s.in_width;
+  const bool is_beside = x.image_stride == pixels;  // one image of the source beside the other, in the same tiles
   for (int64_t start = t.column0; start < stop; start += VL, ++picks) {
-    int64_t image[VL], y[VL], x0[VL], positions[VL];
+    int64_t image[VL], before[VL], y[VL], x0[VL], positions[VL];
     const int64_t columns = std::min<int64_t>(VL, stop - start);
     for (int64_t i = 0; i < columns; ++i) {
       const int64_t number = s.joint ? (start + i) / s.columns : 0, p = start + i - number * s.columns;
-      image[i] = number * x.image_stride;
+      image[i] = is_beside ? 0 : number * x.image_stride;
+      before[i] = is_beside ? number * pixels : 0;
       y[i] = s.stride_y * (p / s.out_width);
       x0[i] = s.stride_x * (p % s.out_width);
     }
     std::fill(positions, positions + VL, PADDING);
     for (int64_t k = 0; k < s.pick_count; ++k) {
       for (int64_t i = 0; i < columns; ++i) {
-        const int64_t row = y[i] + away[2 * k], column = x0[i] + away[2 * k + 1], pixel = row * s.in_width + column;
+        const int64_t row = y[i] + away[2 * k], column = x0[i] + away[2 * k + 1];
+        const int64_t pixel = before[i] + row * s.in_width + column;
         const bool is_inside = row >= 0 && row < s.in_height && column >= 0 && column < s.in_width;
         const int64_t tile = x.tile_step == 0 ? 0 : pixel / x.row_stride;
         positions[i] = is_inside ? image[i] + tile * x.tile_step + pixel * x.column_stride : PADDING;

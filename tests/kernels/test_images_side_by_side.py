@@ -119,3 +119,10 @@ def test_shared_images_have_tiles_to_share() -> None:
     net.layer(net.input(256, 14), 256, layout=Layout(machine().runs_code))
     [step] = net.steps
     assert StepWriter(step, machine(), is_shared=True).width < net.sizes[1][1][0] ** 2
+
+
+@pytest.mark.parametrize("stride", [2, 3, (1, 2)])
+def test_pixels_are_picked_out_of_tiles_of_several_images(stride: int | tuple[int, int]) -> None:
+    net = Net()
+    behind = net.layer(net.input(13, 5), 11, vectors=1)
+    net.check([net.layer(behind, 14, stride=stride, vectors=1)], 5)
