@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from kernels.graphs import CONVOLUTION, SPARSE_CONV, Captured, Function, prune
 from torch import Tensor, nn
 
+from autosparse_fx.kernels import choice
 from autosparse_fx.kernels.choice import CHOICE
+from autosparse_fx.kernels.library import library
 from autosparse_fx.passes import fold_batch_norm, lower_sparse_conv
 
 aten = torch.ops.aten
@@ -304,6 +306,50 @@ def test_weight_and_bias_that_are_no_constants_stay(inputs: str) -> None:
 
 def test_computed_weight_stays() -> None:
     left_alone(function(lambda m, x: F.conv2d(x, m.conv.weight * 2), conv=conv()), "no constant")
+
+
+# Layers without zeros.
+
+
+def around(dense: int, *, is_open: bool = False) -> Captured:
+    """So many dense 1x1 layers in a row, behind a sparse layer and (unless it is open) before one."""
+    layers: list[nn.Module] = [conv(64, 64), nn.ReLU()]
+    layers += [module for _ in range(dense) for module in (conv(64, 64, 1, 0), nn.ReLU())]
+    model = prune(nn.Sequential(*layers, *([] if is_open else [conv(64, 64)])))
+    for module in model:
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1):
+            nn.init.kaiming_normal_(module.weight)
+    return Captured(model, torch.randn(2, 64, 20, 20))
+
+
+needs_machine_code = pytest.mark.skipif(not library().machine.runs_code, reason="patterns are no machine code here")
+
+
+@needs_machine_code
+@pytest.mark.parametrize("dense", [1, 2])
+def test_dense_layers_between_sparse_ones_go_with_them(dense: int) -> None:
+    graph = around(dense)
+    assert graph.apply(lower_sparse_conv) == 2 + dense
+    reasons = [node.meta[CHOICE].reason for node in graph.nodes(SPARSE_CONV)]
+    assert reasons.count("between layers that run sparse") == dense
+    assert sum(node.meta[CHOICE].saved for node in graph.nodes(SPARSE_CONV)) > 0
+
+
+def test_dense_layers_that_no_sparse_one_follows_stay() -> None:
+    assert around(2, is_open=True).apply(lower_sparse_conv) == 1
+
+
+def test_dense_layers_that_would_cost_what_the_others_gain_stay() -> None:
+    assert around(100).apply(lower_sparse_conv) == 2
+
+
+def test_dense_model_stays_dense_and_compiles_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiled() -> None:
+        raise AssertionError("kernels were compiled")
+
+    monkeypatch.setattr(choice, "library", compiled)
+    model = nn.Sequential(conv(64, 64), nn.ReLU(), conv(64, 64))
+    left_alone(Captured(model, torch.randn(2, 64, 20, 20)), "estimated")
 
 
 # Groups.
