@@ -32,8 +32,14 @@ class Pick {
     const __m512 high = _mm512_maskz_loadu_ps(high_[number], row + from_[number] + VL);
     return _mm512_permutex2var_ps(low, lanes_[number], high);
   }
+#elif defined(CPU_CAPABILITY_AVX2)
+  Vec scattered(const float* row) const;
+  bool is_shift_;
+  int64_t from_;
+  __m256i wanted_, positions_;  // all bits of a lane, or none; where it is read
 #else
-  bool is_vector_;
+  Vec scattered(const float* row) const;
+  bool is_shift_;
   int64_t positions_[VL];
 #endif
 };
@@ -97,32 +103,57 @@ inline void Pick::copy(const float* source, int64_t source_stride, int64_t rows,
 
 #else
 
-inline Pick::Pick(const int64_t* positions) : is_vector_(true) {
+#if defined(CPU_CAPABILITY_AVX2)
+
+inline Pick::Pick(const int64_t* positions) : is_shift_(true), from_(0) {
+  alignas(32) int32_t wanted[VL] = {}, all[VL] = {};
+  bool is_empty = true;
+  for (int i = 0; i < VL; ++i) {
+    if (positions[i] == PADDING) continue;
+    if (is_empty) from_ = positions[i] - i;
+    is_empty = false;
+    is_shift_ = is_shift_ && positions[i] == from_ + i;
+    all[i] = int32_t(positions[i]);
+    wanted[i] = -1;
+  }
+  wanted_ = _mm256_load_si256(reinterpret_cast<const __m256i*>(wanted));
+  positions_ = _mm256_load_si256(reinterpret_cast<const __m256i*>(all));
+}
+
+inline int64_t Pick::first() const { return from_; }
+inline Vec Pick::shifted(const float* row) const {
+  return _mm256_maskload_ps(row + from_, wanted_);
+}
+inline Vec Pick::scattered(const float* row) const {
+  return _mm256_mask_i32gather_ps(_mm256_setzero_ps(), row, positions_, _mm256_castsi256_ps(wanted_), sizeof(float));
+}
+
+#else
+
+inline Pick::Pick(const int64_t* positions) : is_shift_(true) {
   for (int i = 0; i < VL; ++i) {
     positions_[i] = positions[i];
-    is_vector_ = is_vector_ && positions[i] != PADDING && positions[i] == positions[0] + i;
+    is_shift_ = is_shift_ && positions[i] != PADDING && positions[i] == positions[0] + i;
   }
 }
 
-inline Vec Pick::of(const float* row) const {
-  if (is_vector_) return Vec::loadu(row + positions_[0]);
+inline int64_t Pick::first() const { return positions_[0]; }
+inline Vec Pick::shifted(const float* row) const { return Vec::loadu(row + positions_[0]); }
+inline Vec Pick::scattered(const float* row) const {
   float lanes[VL];
   for (int i = 0; i < VL; ++i) lanes[i] = positions_[i] == PADDING ? 0.f : row[positions_[i]];
   return Vec::loadu(lanes);
 }
 
-inline int64_t Pick::first() const { return positions_[0]; }
-inline bool Pick::is_shift() const { return is_vector_; }
-inline Vec Pick::shifted(const float* row) const { return Vec::loadu(row + positions_[0]); }
+#endif
+
+inline bool Pick::is_shift() const { return is_shift_; }
+inline Vec Pick::of(const float* row) const { return is_shift_ ? shifted(row) : scattered(row); }
 
 inline void Pick::copy(const float* source, int64_t source_stride, int64_t rows, float* target,
                        int64_t target_stride) const {
   for (int64_t k = 0; k < rows; ++k, source += source_stride, target += target_stride) {
-    if (is_vector_) {
-      Vec::loadu(source + positions_[0]).store(target);
-    } else {
-      for (int i = 0; i < VL; ++i) target[i] = positions_[i] == PADDING ? 0.f : source[positions_[i]];
-    }
+    of(source).store(target);
   }
 }
 
