@@ -16,7 +16,8 @@ from torch import nn
 autosparse_fx.inference.PROGRAM = 0
 torch.manual_seed(0)
 model = nn.Sequential(
-    nn.Conv2d(8, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 128, 3, 2), nn.Conv2d(128, 96, 1), nn.SiLU(),
+    nn.Conv2d(8, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 128, 3, 2), nn.ReLU(),
+    nn.Conv2d(128, 128, 3, padding=1, groups=128), nn.Conv2d(128, 96, 1), nn.SiLU(),
     nn.Flatten(), nn.Linear(96 * 7 * 7, 32), nn.GELU(),
 ).eval()
 with torch.no_grad():
