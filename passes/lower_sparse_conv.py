@@ -27,7 +27,7 @@ def lower_sparse_conv(gm: GraphModule) -> int:
         node.meta[CHOICE] = _choice(node)
     chosen = [node for node in convolutions if node.meta[CHOICE].is_sparse]
     if chosen and library().machine.runs_code:
-        chosen += _close_between(convolutions)
+        chosen.extend(_close_between(convolutions))
     for node in convolutions:
         if node not in chosen and _is_between(node, chosen):
             node.meta[CHOICE] = Choice(True, "grouped, between layers that run sparse")
@@ -80,24 +80,24 @@ def _is_static(value: Tensor) -> bool:
     return all(isinstance(size, int) for size in value.shape[1:])
 
 
-def _close_between(convolutions: list[Node]) -> list[Node]:
+def _close_between(convolutions: list[Node]) -> set[Node]:
     """Take in the layers about as fast on a sparse kernel that lie between such as gain, behind some and before others.
 
     Their tensors would be converted twice. None where all of them together cost half of what the others gain.
     """
-    close = [node for node in convolutions if node.meta[CHOICE].is_close and not node.meta[CHOICE].is_sparse]
-    behind: set[Node] = set()
+    gain = [node for node in convolutions if node.meta[CHOICE].is_sparse]
+    close = {node for node in convolutions if node.meta[CHOICE].is_close}.difference(gain)
+    behind, before = set(gain), set(gain)
     for node in convolutions:  # in the order of the graph
-        if any(source.meta[CHOICE].is_sparse or source in behind for source in _sources(node)):
-            behind.update({node} & set(close))
-    before: set[Node] = set()
+        if node in close and not behind.isdisjoint(_sources(node)):
+            behind.add(node)
     for node in reversed(convolutions):
-        if node.meta[CHOICE].is_sparse or node in before:
-            before.update(set(_sources(node)) & set(close))
-    between = [node for node in close if node in behind and node in before]
-    gained = sum(node.meta[CHOICE].saved for node in convolutions if node.meta[CHOICE].is_sparse)
+        if node in before:
+            before.update(close.intersection(_sources(node)))
+    between = close & behind & before
+    gained = sum(node.meta[CHOICE].saved for node in gain)
     if -sum(node.meta[CHOICE].saved for node in between) > gained / 2:
-        return []
+        return set()
     for node in between:
         node.meta[CHOICE] = replace(node.meta[CHOICE], is_sparse=True, reason="between layers that run sparse")
     return between

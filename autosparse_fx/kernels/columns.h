@@ -38,8 +38,7 @@ inline void each_piece(const Step& s, const Place& x, Tile t, F f) {
 }
 
 // Packs the channels of a block for a tile, and returns where the tile starts in it.
-const char* pack(const Step& s, const Block& b, const Place& x, const Pick* picks, float* packed,
-                 Tile t) {
+const char* pack(const Step& s, const Block& b, const Place& x, const Pick* picks, float* packed, Tile t) {
   if (s.mode == PLAIN && x.column_stride != 1) {
     each_piece(s, x, t, [&](int64_t first, int64_t at, int64_t count) {
       turn(x.data + at + b.channel0, x.column_stride, packed + first, s.channel_stride, count, b.channel1 - b.channel0);

@@ -14,7 +14,7 @@ class Pick {
  public:
   explicit Pick(const int64_t* positions);  // [VL]
   Vec of(const float* row) const;
-  int64_t first() const;  // position, about
+  int64_t first() const;  // about where it reads; PADDING where it reads nothing
   bool is_shift() const;  // whether `shifted` is the same as `of`
   Vec shifted(const float* row) const;
   void copy(const float* source, int64_t source_stride, int64_t rows, float* target, int64_t target_stride) const;
@@ -46,7 +46,7 @@ class Pick {
 
 #if defined(CPU_CAPABILITY_AVX512)
 
-inline Pick::Pick(const int64_t* positions) : wanted_(0), from_second_(0), low_{0, 0}, high_{0, 0}, from_{0, 0} {
+inline Pick::Pick(const int64_t* positions) : wanted_(0), from_second_(0), low_{0, 0}, high_{0, 0}, from_{PADDING, PADDING} {
   alignas(64) int32_t lanes[2][VL] = {}, all[VL] = {};
   int last = -1;
   int64_t shift = 0;
@@ -69,14 +69,14 @@ inline Pick::Pick(const int64_t* positions) : wanted_(0), from_second_(0), low_{
     if (last == 1) from_second_ |= bit;
   }
   kind_ = is_shift ? SIDE_BY_SIDE : last == 0 ? ONE_WINDOW : last == 1 ? TWO_WINDOWS : SCATTERED;
-  if (is_shift) from_[0] = shift;
+  if (is_shift && wanted_ != 0) from_[0] = shift;
   for (int w = 0; w < 2; ++w) lanes_[w] = _mm512_load_si512(lanes[w]);
   positions_ = _mm512_load_si512(all);
 }
 
 inline Vec Pick::of(const float* row) const {
   switch (kind_) {
-    case SIDE_BY_SIDE: return _mm512_maskz_loadu_ps(wanted_, row + from_[0]);
+    case SIDE_BY_SIDE: return shifted(row);
     case ONE_WINDOW: return _mm512_maskz_mov_ps(wanted_, window(0, row));
     case TWO_WINDOWS:
       return _mm512_maskz_mov_ps(wanted_, _mm512_mask_blend_ps(from_second_, window(0, row), window(1, row)));
@@ -105,7 +105,7 @@ inline void Pick::copy(const float* source, int64_t source_stride, int64_t rows,
 
 #if defined(CPU_CAPABILITY_AVX2)
 
-inline Pick::Pick(const int64_t* positions) : is_shift_(true), from_(0) {
+inline Pick::Pick(const int64_t* positions) : is_shift_(true), from_(PADDING) {
   alignas(32) int32_t wanted[VL] = {}, all[VL] = {};
   bool is_empty = true;
   for (int i = 0; i < VL; ++i) {
@@ -121,9 +121,7 @@ inline Pick::Pick(const int64_t* positions) : is_shift_(true), from_(0) {
 }
 
 inline int64_t Pick::first() const { return from_; }
-inline Vec Pick::shifted(const float* row) const {
-  return _mm256_maskload_ps(row + from_, wanted_);
-}
+inline Vec Pick::shifted(const float* row) const { return _mm256_maskload_ps(row + from_, wanted_); }
 inline Vec Pick::scattered(const float* row) const {
   return _mm256_mask_i32gather_ps(_mm256_setzero_ps(), row, positions_, _mm256_castsi256_ps(wanted_), sizeof(float));
 }

@@ -161,7 +161,12 @@ void compute_depthwise(const Step& s, const char* data, const Place& x, const Pi
   const float* weight = reinterpret_cast<const float*>(data + s.taps) + t.row0 * s.pick_count;
   // What other threads have just written of the channels would be waited for, one channel after the other.
   const int64_t line = 64 / sizeof(float), ahead = 8 * x.row_stride;
-  const int64_t first = picks[0].first(), last = picks[s.pick_count * NV - 1].first() + VL;
+  int64_t first = INT64_MAX, last = 0;
+  for (const Pick* pick = picks; pick != picks + s.pick_count * NV; ++pick) {
+    if (pick->first() == PADDING) continue;
+    first = std::min(first, pick->first());
+    last = std::max(last, pick->first() + VL);
+  }
   auto each_row = [&](auto of) C10_ALWAYS_INLINE_ATTRIBUTE {
     for (int64_t m = t.row0; m < t.row1; ++m) {
       const float* channel = x.data + m / s.rows_per_channel * x.row_stride;
