@@ -84,8 +84,8 @@ class Advice:
         gains = [_times(self.speedup(sparsity)) for sparsity in self.sparsities]
         totals = [["these layers, each on the faster kernel", "", f"{total:.3f}", *gains, ""]]
         note = (
-            f"measured on this machine with {self.threads} threads, float32, masks at random, each layer alone: a "
-            "dense kernel on channels-last images or tokens, over the sparse one"
+            f"measured on this machine with {self.threads} threads, masks at random, each layer alone: a dense kernel "
+            "in the dtype of the model, on channels-last images or tokens, over the sparse one, in float32"
         )
         return text_table(header, rows, totals) + f"\n{note}"
 
@@ -127,7 +127,7 @@ def advise(
         if not layer.choice.is_supported:
             rows.append(LayerAdvice(layer.name, layer.shape, None, {}, layer.choice.reason))
             continue
-        geometry = layer.shape, layer.units, layer.columns, layer.window, layer.groups
+        geometry = layer.shape, layer.units, layer.columns, layer.window, layer.groups, layer.dtype
         if geometry not in timed:
             timed[geometry] = _time_dense(layer), {s: _time_sparse(layer, s) for s in sparsities}
         rows.append(LayerAdvice(layer.name, layer.shape, *timed[geometry]))
@@ -135,12 +135,12 @@ def advise(
 
 
 def _time_dense(layer: Layer) -> float:
-    weight, bias = torch.randn(layer.shape), torch.zeros(layer.shape[0])
+    weight, bias = torch.randn(layer.shape, dtype=layer.dtype), torch.zeros(layer.shape[0], dtype=layer.dtype)
     if layer.window is None:
-        x = torch.randn(layer.columns, layer.shape[1])
+        x = torch.randn(layer.columns, layer.shape[1], dtype=layer.dtype)
         return _milliseconds(lambda: F.linear(x, weight, bias))
     window = layer.window
-    x = torch.randn(layer.units, layer.shape[1] * layer.groups, *window.in_size)
+    x = torch.randn(layer.units, layer.shape[1] * layer.groups, *window.in_size, dtype=layer.dtype)
     x = x.contiguous(memory_format=torch.channels_last)
     weight = weight.contiguous(memory_format=torch.channels_last)
     return _milliseconds(

@@ -58,8 +58,8 @@ def _torch_forward(job: Job, *, backend: str, bfloat16: bool = False, mode: str 
     return forward
 
 
-def autosparse(job: Job, *, mode: str | None = None) -> Forward:
-    return _torch_forward(job, backend="autosparse", mode=mode)
+def autosparse(job: Job, *, mode: str | None = None, bfloat16: bool = False) -> Forward:
+    return _torch_forward(job, backend="autosparse", mode=mode, bfloat16=bfloat16)
 
 
 def inductor(job: Job, *, bfloat16: bool = False) -> Forward:
@@ -116,6 +116,9 @@ class System:
 SYSTEMS = {
     "autosparse": System(autosparse, ("torch", "autosparse-fx"), required=True),
     "autosparse-tuned": System(lambda job: autosparse(job, mode="max-autotune"), ("torch", "autosparse-fx")),
+    "autosparse-bf16": System(
+        lambda job: autosparse(job, bfloat16=True), ("torch", "autosparse-fx"), low_precision=True
+    ),
     "inductor": System(inductor, ("torch",), required=True),
     "inductor-bf16": System(lambda job: inductor(job, bfloat16=True), ("torch",), low_precision=True),
     "onnxruntime": System(onnxruntime, ("onnxruntime",), reads_onnx=True),

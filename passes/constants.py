@@ -27,7 +27,7 @@ def with_constants(graph: GraphModule, tensors: dict[int, Tensor]) -> GraphModul
 
 
 def constant(node: object) -> Tensor | None:
-    """The tensor behind a ``get_attr`` node, looked at through transposes; None for everything else."""
+    """The tensor behind a ``get_attr`` node, looked at through transposes and casts; None for everything else."""
     if not isinstance(node, Node):
         return None
     if node.op == "get_attr":
@@ -42,6 +42,9 @@ def constant(node: object) -> Tensor | None:
     if node.target is torch.ops.aten.transpose.int:
         value = constant(node.args[0])
         return None if value is None else value.transpose(*node.args[1:])  # type: ignore[arg-type]
+    if node.target is torch.ops.aten._to_copy.default and node.kwargs.keys() == {"dtype"}:
+        value = constant(node.args[0])
+        return None if value is None else value.to(node.kwargs["dtype"])  # type: ignore[arg-type]
     return None
 
 

@@ -11,7 +11,6 @@ from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
 from torch.fx.passes.operator_support import OperatorSupportBase
 
 from autosparse_fx._compat.dynamo_graphs import size_hint
-from autosparse_fx.kernels.choice import CHOICE
 from autosparse_fx.kernels.library import library
 from autosparse_fx.kernels.ops import flatten_shapes
 from autosparse_fx.kernels.program import Buffer, Step, Window
@@ -21,7 +20,6 @@ from autosparse_fx.passes.lower_sparse_conv import SPARSE_CONV
 from autosparse_fx.passes.lower_sparse_linear import SPARSE_LINEAR
 
 AUTOTUNE = "autosparse_autotune"  # in the meta of a graph whose programs are to be measured, and not only estimated
-SAVED = "autosparse_saved"  # where the node of a program keeps the cycles that it saves, as estimated
 RUN_PROGRAM = torch.ops.autosparse.run_program.default
 
 
@@ -132,7 +130,6 @@ def _fuse(gm: GraphModule, members: set[Node], *, is_tokens: bool) -> None:
     with gm.graph.inserting_before(place):
         call = gm.graph.call_function(RUN_PROGRAM, (program, writer.inputs, laid_out.any_layout, shapes))
         call.meta["val"] = [node.meta["val"] for node in writer.outputs]
-        call.meta[SAVED] = sum(node.meta[CHOICE].saved for node in nodes if CHOICE in node.meta)
         for number, node in enumerate(writer.outputs):
             item = gm.graph.call_function(operator.getitem, (call, number))
             item.meta["val"] = node.meta["val"]

@@ -3,18 +3,20 @@ the residual that is added, and its activation.
 """
 
 import math
-from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from autosparse_fx._compat.dynamo_graphs import size_hint
-from autosparse_fx.kernels import ops  # noqa: F401  (the operators must exist)
+from autosparse_fx.kernels import choice, ops  # noqa: F401  (the operators must exist)
 from autosparse_fx.kernels.choice import CHOICE, Choice, choose, lacking
 from autosparse_fx.kernels.library import library
+from autosparse_fx.passes.casts import drop_casts_between, narrowed, widened
 from autosparse_fx.passes.constants import constant, new_constant, remove_unused_constants
 from autosparse_fx.passes.epilogues import activation_of, only_user, same_shape
+from autosparse_fx.passes.sparse_groups import drop_groups_that_lose, sparse_ones, take_close_ones
 
 aten = torch.ops.aten
 SPARSE_CONV = torch.ops.autosparse.sparse_conv.default
@@ -25,17 +27,17 @@ def lower_sparse_conv(gm: GraphModule) -> int:
     convolutions = gm.graph.find_nodes(op="call_function", target=aten.convolution.default)
     for node in convolutions:
         node.meta[CHOICE] = _choice(node)
-    chosen = [node for node in convolutions if node.meta[CHOICE].is_sparse]
-    if chosen and library().machine.runs_code:
-        chosen.extend(_close_between(convolutions))
+    if sparse_ones(convolutions) and library().machine.runs_code:
+        take_close_ones(convolutions)
     for node in convolutions:
-        if node not in chosen and _is_between(node, chosen):
+        if _is_between(node, sparse_ones(convolutions)):
             node.meta[CHOICE] = Choice(True, "grouped, between layers that run sparse")
-            chosen.append(node)
-    order = {node: number for number, node in enumerate(gm.graph.nodes)}
-    for node in sorted(chosen, key=order.__getitem__, reverse=True):
+    drop_groups_that_lose(convolutions, choice.CONVERT)
+    chosen = sparse_ones(convolutions)
+    for node in reversed(chosen):
         _lower(gm, node)
     if chosen:
+        drop_casts_between(gm, SPARSE_CONV)
         remove_unused_constants(gm)
         gm.recompile()
     return len(chosen)
@@ -57,6 +59,7 @@ def _choice(node: Node) -> Choice:
         columns=math.prod(node.meta["val"].shape[2:]),
         units=size_hint(node.meta["val"].shape[0]),
         is_plain=weight[0, 0].numel() == 1 and set(node.args[3]) == {1} and set(node.args[4]) == {0},  # type: ignore[arg-type]
+        dtype=node.meta["val"].dtype,
     )
 
 
@@ -78,44 +81,6 @@ def _unsupported(node: Node) -> str:
 
 def _is_static(value: Tensor) -> bool:
     return all(isinstance(size, int) for size in value.shape[1:])
-
-
-def _close_between(convolutions: list[Node]) -> set[Node]:
-    """Take in the layers about as fast on a sparse kernel that lie between such as gain, behind some and before others.
-
-    Their tensors would be converted twice. None where all of them together cost half of what the others gain.
-    """
-    gain = [node for node in convolutions if node.meta[CHOICE].is_sparse]
-    close = {node for node in convolutions if node.meta[CHOICE].is_close}.difference(gain)
-    behind, before = set(gain), set(gain)
-    for node in convolutions:  # in the order of the graph
-        if node in close and not behind.isdisjoint(_sources(node)):
-            behind.add(node)
-    for node in reversed(convolutions):
-        if node in before:
-            before.update(close.intersection(_sources(node)))
-    between = close & behind & before
-    gained = sum(node.meta[CHOICE].saved for node in gain)
-    if -sum(node.meta[CHOICE].saved for node in between) > gained / 2:
-        return set()
-    for node in between:
-        node.meta[CHOICE] = replace(node.meta[CHOICE], is_sparse=True, reason="between layers that run sparse")
-    return between
-
-
-def _sources(node: Node) -> list[Node]:
-    """The convolutions whose results a convolution reads, added to others or activated."""
-    found, seen, todo = [], set(), list(node.all_input_nodes[:1])
-    while todo:
-        source = todo.pop()
-        if source in seen:
-            continue
-        seen.add(source)
-        if source.target is aten.convolution.default:
-            found.append(source)
-        elif source.target is aten.add.Tensor or activation_of(source) is not None:
-            todo.extend(source.all_input_nodes)
-    return found
 
 
 def _is_between(node: Node, chosen: list[Node]) -> bool:
@@ -147,12 +112,11 @@ def _lower(gm: GraphModule, node: Node) -> None:
         stored = constant(weight)
         assert stored is not None
         bias = new_constant(gm, f"{node.name}_bias", stored.new_zeros(stored.shape[0]), node)
+    given: list[Any] = [source, weight, bias, residual]
+    tensors = [None if tensor is None else widened(gm, tensor, end) for tensor in given]
     with gm.graph.inserting_before(end):
-        lowered = gm.graph.call_function(
-            SPARSE_CONV,
-            (source, weight, bias, residual, stride, padding, dilation, groups, activation, clamp),
-        )
+        lowered = gm.graph.call_function(SPARSE_CONV, (*tensors, stride, padding, dilation, groups, activation, clamp))
     lowered.meta.update({key: value for key, value in node.meta.items() if key != "val"})
-    lowered.meta["val"] = end.meta["val"].contiguous()
-    end.replace_all_uses_with(lowered)
+    lowered.meta["val"] = end.meta["val"].float().contiguous()
+    end.replace_all_uses_with(narrowed(lowered, end.meta["val"].dtype, end))
     gm.graph.eliminate_dead_code()

@@ -7,10 +7,12 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from autosparse_fx._compat.dynamo_graphs import size_hint
-from autosparse_fx.kernels import ops  # noqa: F401  (the operators must exist)
+from autosparse_fx.kernels import choice, ops  # noqa: F401  (the operators must exist)
 from autosparse_fx.kernels.choice import CHOICE, Choice, choose, lacking
+from autosparse_fx.passes.casts import drop_casts_between, is_cast, narrowed, widened
 from autosparse_fx.passes.constants import constant, new_constant, remove_unused_constants
 from autosparse_fx.passes.epilogues import activation_of, only_user
+from autosparse_fx.passes.sparse_groups import drop_groups_that_lose, sparse_ones
 
 aten = torch.ops.aten
 SPARSE_LINEAR = torch.ops.autosparse.sparse_linear.default
@@ -21,20 +23,24 @@ COLUMNS = 128  # a chunk of tokens
 
 def lower_sparse_linear(gm: GraphModule) -> int:
     """Lower every such product, whatever the rows of its input are regrouped to before and behind it."""
-    lowered = 0
-    for node in list(gm.graph.nodes):
-        if node.target in _PRODUCTS:
-            choice, weight, bias = _operands(node)
-            node.meta[CHOICE] = choice
-            if choice.is_sparse:
-                assert weight is not None
-                _lower(gm, node, weight, bias)
-                lowered += 1
-    if lowered:
+    products = [node for node in gm.graph.nodes if node.target in _PRODUCTS]
+    operands = {node: _operands(node) for node in products}
+    for node, (its_choice, _, _) in operands.items():
+        node.meta[CHOICE] = its_choice
+    for dtype in choice.DTYPES:
+        alike = [node for node in products if node.meta["val"].dtype == dtype]
+        drop_groups_that_lose(alike, 0 if dtype == torch.float32 else choice.CAST)
+    chosen = sparse_ones(products)
+    for node in chosen:
+        _, weight, bias = operands[node]
+        assert weight is not None
+        _lower(gm, node, weight, bias)
+    if chosen:
         _drop_views_that_cancel(gm)
+        drop_casts_between(gm, SPARSE_LINEAR)
         remove_unused_constants(gm)
         gm.recompile()
-    return lowered
+    return len(chosen)
 
 
 def _operands(node: Node) -> tuple[Choice, Tensor | None, Tensor | None]:
@@ -57,10 +63,17 @@ def _operands(node: Node) -> tuple[Choice, Tensor | None, Tensor | None]:
     tokens = size_hint(node.meta["val"].shape[0])
     columns = max(1, min(tokens, COLUMNS))
     units = -(-tokens // columns)
-    choice = choose(
-        entries=entries, rows=rows, depth=channels, channels=channels, columns=columns, units=units, is_plain=True
+    found = choose(
+        entries=entries,
+        rows=rows,
+        depth=channels,
+        channels=channels,
+        columns=columns,
+        units=units,
+        is_plain=True,
+        dtype=matrix.dtype,
     )
-    return choice, weight, bias
+    return found, weight, bias
 
 
 def _lower(gm: GraphModule, node: Node, weight: Tensor, bias: Tensor | None) -> None:
@@ -81,14 +94,19 @@ def _lower(gm: GraphModule, node: Node, weight: Tensor, bias: Tensor | None) -> 
         end = user
     if bias is None:
         bias = weight.new_zeros(weight.shape[0])
-    new_weight = new_constant(gm, f"{node.name}_weight", weight, node)
-    new_bias = new_constant(gm, f"{node.name}_bias", bias, node)
+    source: Node = node.args[-2]  # type: ignore[assignment]
+    tensors = [
+        widened(gm, source, end),
+        new_constant(gm, f"{node.name}_weight", weight.float(), node),
+        new_constant(gm, f"{node.name}_bias", bias.float(), node),
+    ]
     with gm.graph.inserting_before(end):
-        lowered = gm.graph.call_function(SPARSE_LINEAR, (node.args[-2], new_weight, new_bias, activation, clamp))
+        lowered = gm.graph.call_function(SPARSE_LINEAR, (*tensors, activation, clamp))
         lowered.meta.update(node.meta)
-        result = lowered
+        lowered.meta["val"] = node.meta["val"].float()
+        result = narrowed(lowered, node.meta["val"].dtype, end)
         if regrouped is not None:
-            result = gm.graph.call_function(aten.view.default, (lowered, regrouped.args[1]))
+            result = gm.graph.call_function(aten.view.default, (result, regrouped.args[1]))
             result.meta["val"] = end.meta["val"]
     end.replace_all_uses_with(result)
     gm.graph.eliminate_dead_code()
@@ -109,5 +127,6 @@ def _drop_views_that_cancel(gm: GraphModule) -> None:
         while source.target in _VIEWS:
             source = source.args[0]
         shapes = [[str(size) for size in node.meta["val"].shape] for node in (source, view)]
-        if source is not view.args[0] and shapes[0] == shapes[1] and source.target is SPARSE_LINEAR:
+        layer = source.args[0] if is_cast(source) else source
+        if source is not view.args[0] and shapes[0] == shapes[1] and layer.target is SPARSE_LINEAR:
             view.replace_all_uses_with(source)

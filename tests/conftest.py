@@ -65,7 +65,10 @@ def verified_graphs() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def small_graphs_run_sparse_too() -> Iterator[None]:
-    """Otherwise only graphs run on sparse kernels that gain more than calling them costs."""
+    """Otherwise only layers run on sparse kernels that gain more than that costs, in half precision on few machines."""
     with pytest.MonkeyPatch.context() as patch:  # of its own: the fixture would outlive others that tests patch with
-        patch.setattr("autosparse_fx.inference.PROGRAM", 0)
+        for cost in ("CALL", "PROGRAM", "CONVERT", "CAST"):
+            patch.setattr(f"autosparse_fx.kernels.choice.{cost}", 0)
+        for feature in ("has_bf16_matrices", "has_bf16_vectors"):
+            patch.setattr(f"autosparse_fx._compat.cpu.{feature}", lambda: False)
         yield

@@ -117,11 +117,11 @@ def test_dense_model_is_what_it_was(programs: list[int]) -> None:
 CODE = """
 import json, sys
 import torch
-import autosparse_fx.inference, autosparse_fx.kernels.choice
+import autosparse_fx.kernels.choice
 torch.set_num_threads(1)
 torch.manual_seed(int(sys.argv[1]))
 model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 64), torch.nn.Tanh())
-autosparse_fx.kernels.choice.WORTHWHILE = autosparse_fx.inference.PROGRAM = 0
+autosparse_fx.kernels.choice.WORTHWHILE = autosparse_fx.kernels.choice.PROGRAM = 0
 x = torch.linspace(-1, 1, 64 * 40).view(40, 64)
 with torch.no_grad():
     for parameter in model.parameters():

@@ -32,6 +32,35 @@ def copy_dynamo_graph(gm: GraphModule) -> GraphModule:
     return made
 
 
+def with_tensors_as_inputs(gm: GraphModule) -> tuple[GraphModule, list[Tensor]]:
+    """A copy of Dynamo's graph whose weights are all placeholders, and those that were attributes. 2.11-2.15.
+
+    They are where Inductor's ``freezing`` is on for the whole process, without gradients. Their placeholders come last.
+    """
+    made = copy_dynamo_graph(gm)
+    sources = getattr(gm, "_param_name_to_source", {})
+    lifted: dict[str, Node] = {}
+    tensors = []
+    first = next(node for node in made.graph.nodes if node.op not in ("placeholder", "get_attr"))
+    for node in made.graph.find_nodes(op="get_attr"):
+        tensor, name = placeholder_tensor(node), str(node.target)
+        if tensor is None:
+            continue
+        if name not in lifted:
+            with made.graph.inserting_before(first):
+                lifted[name] = made.graph.placeholder(name.replace(".", "_"))
+            lifted[name].meta = dict(node.meta)
+            if name in sources:
+                lifted[name]._dynamo_source = sources[name]
+            tensors.append(tensor)
+        node.replace_all_uses_with(lifted[name])
+        made.graph.erase_node(node)
+    rest: Any = {name: source for name, source in sources.items() if name not in lifted}
+    made._param_name_to_source = rest
+    made.recompile()
+    return made, tensors
+
+
 def copy_graph_module(gm: GraphModule) -> GraphModule:
     graph = Graph()
     nodes: dict[Node, Node] = {}

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from autosparse_fx._compat import cpu
 from autosparse_fx.kernels.library import library
 from autosparse_fx.kernels.machine_code import gains
 
@@ -15,11 +16,18 @@ DENSE, SPARSE_PLAIN, SPARSE_WINDOW, PACK, STORE = 0.55, 0.9, 1.5, 2.0, 3.0
 CODE_PLAIN, CODE_WINDOW = 0.62, 0.8  # of a sparse kernel whose pattern is machine code
 CODE_LOAD = 0.03  # over the density: loading the vectors of the input, which rows share
 LANES, TILE = 16, 8  # columns are computed in vectors of this size, and tiles of so many
+# Products of bfloat16 take so much of the time of float32 ones where the processor multiplies matrices of them, or
+# vectors. Elsewhere, and in float16, dense kernels are slower than in float32.
+BF16_MATRICES, BF16_VECTORS = 0.27, 0.45
 MARGIN = 0.75  # of the dense estimate, below which a layer becomes sparse
 CLOSE = 1.4  # of the dense estimate, up to which it stays among sparse layers rather than have its tensors converted
-PROGRAM = 300_000  # cycles: what calling a program, and handing its inputs and outputs over, costs about
+CALL = 150_000  # cycles of all threads that calling a dense kernel costs about, which the layers of a program share
+# Cycles: what calling a program costs about, and each element that convolutions take from others or give to others, in
+# another layout, or products in another dtype.
+PROGRAM, CONVERT, CAST = 300_000, 2.5, 1.2
 WORTHWHILE = 64 * 1024  # multiply-adds of the dense layer, below which nothing is gained that could be measured
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of layers that can run sparse, in float32
 CHOICE = "autosparse_choice"  # where the node of a convolution or product keeps whether it runs sparse
 
 
@@ -37,13 +45,28 @@ class Choice:
 def lacking(*tensors: Tensor) -> str:
     """Why there are no sparse kernels for these tensors; empty where there are."""
     for tensor in tensors:
-        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+        if tensor.dtype not in DTYPES or tensor.device.type != "cpu":
             return f"{tensor.dtype} on {tensor.device.type} (sparse kernels compute in float32 on the CPU)"
     return ""
 
 
+def relative_time(dtype: torch.dtype) -> float:
+    """About how long dense kernels take with this dtype on this machine, where float32 takes 1."""
+    if dtype != torch.bfloat16:
+        return 1.0
+    return BF16_MATRICES if cpu.has_bf16_matrices() else BF16_VECTORS if cpu.has_bf16_vectors() else 1.0
+
+
 def choose(
-    *, entries: int, rows: int, depth: int, channels: int, columns: int, units: int = 1, is_plain: bool
+    *,
+    entries: int,
+    rows: int,
+    depth: int,
+    channels: int,
+    columns: int,
+    units: int = 1,
+    is_plain: bool,
+    dtype: torch.dtype = torch.float32,
 ) -> Choice:
     """Choose for one layer, of one image or of one chunk of tokens.
 
@@ -54,10 +77,12 @@ def choose(
         columns: output pixels, or tokens.
         units: images, or chunks of tokens.
         is_plain: a linear layer, or a 1x1 convolution without stride and padding.
+        dtype: of the layer; the sparse kernel computes in float32 whatever it is.
     """
     if rows * depth * columns < WORTHWHILE:
         return Choice(False, "too small to gain anything")
-    dense = rows * depth * DENSE + rows
+    vectors = columns / LANES * max(units, 1)
+    dense = rows * depth * DENSE * relative_time(dtype) + rows + CALL / vectors
     whole_vectors = LANES * -(-columns // LANES) / columns
 
     def cost(plain: float, window: float) -> float:
@@ -67,12 +92,12 @@ def choose(
     density = entries / (rows * depth)
     load = CODE_LOAD / max(density, 1e-3)
     coded = cost(CODE_PLAIN + load, CODE_WINDOW + load)
-    vectors = min(-(-columns // LANES), TILE)
+    width = min(-(-columns // LANES), TILE)
     # The library is compiled when it is first asked for, which takes a while: not for layers that stay dense anyway.
-    may_be_coded = gains(density, depth, vectors)
+    may_be_coded = gains(density, depth, width)
     if coded < MARGIN * dense and may_be_coded and library().machine.runs_code:
         sparse = coded
     gain = f"estimated {dense / sparse:.1f}x"
     is_sparse, is_close = sparse < MARGIN * dense, coded < CLOSE * dense and may_be_coded
-    saved = (dense - (sparse if is_sparse else coded)) * columns / LANES * units
+    saved = (dense - (sparse if is_sparse else coded)) * vectors
     return Choice(is_sparse, gain, saved=saved, is_close=is_close)

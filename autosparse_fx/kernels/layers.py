@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 
 from autosparse_fx._compat import aot_autograd
 from autosparse_fx.capture import run_captured
-from autosparse_fx.inference import module_state
+from autosparse_fx.inference import with_state_as_inputs
 from autosparse_fx.kernels.choice import CHOICE, Choice
 from autosparse_fx.kernels.program import Window
 from autosparse_fx.passes import INFERENCE_PASSES, fuse_sparse_programs
@@ -33,6 +33,7 @@ class Layer:
         units, columns: images and pixels of the output, or 1 and tokens.
         window: of a convolution in two dimensions; None for a product.
         groups: of a convolution.
+        dtype: that it computes in where it runs dense.
     """
 
     name: str
@@ -41,7 +42,8 @@ class Layer:
     units: int
     columns: int
     window: Window | None
-    groups: int = 1
+    groups: int
+    dtype: torch.dtype
 
 
 def layers(model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any] | Tensor) -> list[Layer]:
@@ -56,7 +58,7 @@ def layers(model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any] |
     found: list[Layer] = []
 
     def backend(gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        state = module_state(gm)
+        gm, state = with_state_as_inputs(gm)
         graph = aot_autograd.inference_graph(gm)
         if graph is not None:
             graph = with_constants(graph, state)
@@ -87,16 +89,16 @@ def _layers(graph: GraphModule, names: dict[str, str]) -> list[Layer]:
     return [Layer(name, chosen[name], *geometries[name]) for name in geometries if name in chosen]
 
 
-def _geometry(node: Node) -> tuple[tuple[int, ...], int, int, Window | None, int]:
+def _geometry(node: Node) -> tuple[tuple[int, ...], int, int, Window | None, int, torch.dtype]:
     arguments: tuple[Any, ...] = node.args
     weight, value = arguments[_WEIGHT[node.target]].meta["val"], node.meta["val"]
     if node.target is not aten.convolution.default:
-        return tuple(int(size) for size in reversed(weight.shape)), 1, int(value.shape[0]), None, 1
+        return tuple(int(size) for size in reversed(weight.shape)), 1, int(value.shape[0]), None, 1, value.dtype
     shape = tuple(int(size) for size in weight.shape)
     source, _, _, stride, padding, dilation, _, _, groups = arguments
     units, columns = int(value.shape[0]), int(value[0, 0].numel())
     if value.dim() != 4:
-        return shape, units, columns, None, groups
+        return shape, units, columns, None, groups, value.dtype
     in_size, out_size = source.meta["val"].shape[2:], value.shape[2:]
     window = Window(tuple(in_size), tuple(out_size), tuple(stride), tuple(padding), tuple(dilation))
-    return shape, units, columns, window, groups
+    return shape, units, columns, window, groups, value.dtype

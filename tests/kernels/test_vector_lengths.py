@@ -13,7 +13,7 @@ import autosparse_fx
 from autosparse_fx.kernels.library import library
 from torch import nn
 
-autosparse_fx.inference.PROGRAM = 0
+autosparse_fx.kernels.choice.PROGRAM = autosparse_fx.kernels.choice.CONVERT = 0
 torch.manual_seed(0)
 model = nn.Sequential(
     nn.Conv2d(8, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 128, 3, 2), nn.ReLU(),

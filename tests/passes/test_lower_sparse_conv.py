@@ -266,21 +266,8 @@ def test_too_small_a_layer_stays() -> None:
     left_alone(captured(conv(16, 4), x=X[:, :, :5, :5]), "too small")
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_dtypes_stay(dtype: torch.dtype) -> None:
-    left_alone(Captured(prune(conv()).to(dtype), X.to(dtype)), "compute in float32")
-
-
-def test_autocast_stays() -> None:
-    model = prune(conv())
-
-    def forward(m: Any, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return m.conv(x)
-
-    graph = Captured(Function(forward, conv=model), X)
-    code = graph.gm.code
-    assert lower_sparse_conv(graph.gm) == 0 and graph.gm.code == code
+def test_float64_stays() -> None:
+    left_alone(Captured(prune(conv()).double(), X.double()), "compute in float32")
 
 
 def test_transposed_convolution_stays() -> None:
@@ -306,6 +293,75 @@ def test_weight_and_bias_that_are_no_constants_stay(inputs: str) -> None:
 
 def test_computed_weight_stays() -> None:
     left_alone(function(lambda m, x: F.conv2d(x, m.conv.weight * 2), conv=conv()), "no constant")
+
+
+# Half precision.
+
+
+def bottleneck(m: Any, x: Tensor) -> Tensor:
+    return F.relu(m.c(F.relu(m.b(F.relu(m.a(x))))) + x)
+
+
+def half(dtype: torch.dtype, *, is_autocast: bool) -> Captured:
+    layers = {"a": conv(16, 32, 1, 0), "b": conv(32, 32), "c": conv(32, 16, 1, 0, bias=False)}
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype, enabled=is_autocast):
+            return bottleneck(m, x).to(dtype)
+
+    model = prune(Function(forward, **layers))
+    return Captured(model, X) if is_autocast else Captured(model.to(dtype), X.to(dtype))
+
+
+@pytest.mark.parametrize("is_autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_cast_around_a_row_of_layers_and_not_between(dtype: torch.dtype, is_autocast: bool) -> None:
+    graph = half(dtype, is_autocast=is_autocast)
+    assert graph.apply(lower_sparse_conv) == 3
+    layers = graph.nodes(SPARSE_CONV)
+    assert all(node.meta["val"].dtype == torch.float32 for node in layers)
+    assert layers[1].args[0] is layers[0] and layers[2].args[0] is layers[1]
+    to_float = [n for n in graph.nodes(aten._to_copy.default) if n.meta["val"].dtype == torch.float32]
+    assert len(to_float) == (1 if is_autocast else 2)  # x; x again as the residual, which under autocast is another
+
+
+def test_half_precision_pays_less_where_the_processor_is_good_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autosparse_fx._compat.cpu.has_bf16_matrices", lambda: True)
+    model = prune(conv(64, 64), 0.8)
+    x = torch.randn(2, 64, 20, 20)
+    left_alone(Captured(model.bfloat16(), x.bfloat16()), "estimated")
+    torch._dynamo.reset()
+    assert Captured(model.half(), x.half()).apply(lower_sparse_conv) == 1
+    torch._dynamo.reset()
+    assert Captured(model.float(), x).apply(lower_sparse_conv) == 1
+
+
+# What converting tensors costs.
+
+
+def test_layer_that_gains_less_than_converting_its_tensors_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = prune(conv())
+    gained = Captured(model, X)
+    gained.apply(lower_sparse_conv)
+    (saved,) = (choice.saved for choice in gained.choices())
+    elements = 2 * (16 + 32) * 20 * 20
+    for cycles, count in ((0.99 * saved / elements, 1), (1.01 * saved / elements, 0)):
+        torch._dynamo.reset()
+        monkeypatch.setattr(choice, "CONVERT", cycles)
+        graph = Captured(model, X)
+        assert graph.apply(lower_sparse_conv) == count
+        assert any("converting" in reason for reason in graph.reasons()) == (count == 0)
+
+
+def test_layers_in_a_row_share_what_converting_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [module for _ in range(6) for module in (conv(16, 16), nn.ReLU())]
+    gained = captured(conv(16, 16))
+    gained.apply(lower_sparse_conv)
+    (saved,) = (choice.saved for choice in gained.choices())
+    monkeypatch.setattr(choice, "CONVERT", 2 * saved / (2 * 32 * 20 * 20))
+    for model, count in ((layers[:1], 0), (layers, 6)):
+        torch._dynamo.reset()
+        assert captured(*model).apply(lower_sparse_conv) == count
 
 
 # Layers without zeros.

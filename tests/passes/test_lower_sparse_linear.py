@@ -196,6 +196,30 @@ def test_weight_of_two_layers() -> None:
     assert graph.apply(lower_sparse_linear) == 2
 
 
+@pytest.mark.parametrize("is_autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_cast_around_a_perceptron_and_not_within(dtype: torch.dtype, is_autocast: bool) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype, enabled=is_autocast):
+            return m.b(F.gelu(m.a(x)))
+
+    model = prune(Function(forward, a=nn.Linear(64, 96), b=nn.Linear(96, 64)))
+    graph = Captured(model, X3) if is_autocast else Captured(model.to(dtype), X3.to(dtype))
+    assert graph.apply(lower_sparse_linear) == 2
+    first, second = graph.nodes(SPARSE_LINEAR)
+    assert second.args[0] is first
+    (result,) = graph.gm.graph.output_node().args[0]
+    assert result.meta["val"].dtype == dtype and result.meta["val"].shape == X3.shape
+
+
+def test_products_in_half_precision_pay_for_their_casts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autosparse_fx.kernels.choice.CAST", 1e9)
+    model = prune(nn.Linear(64, 96))
+    left_alone(Captured(model.bfloat16(), X.bfloat16()), "converting")
+    torch._dynamo.reset()
+    assert Captured(model.float(), X).apply(lower_sparse_linear) == 1
+
+
 # What is not.
 
 
@@ -216,9 +240,8 @@ def test_too_small_a_product_stays() -> None:
     left_alone(captured(nn.Linear(64, 9), x=X[:3]), "too small")
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_dtypes_stay(dtype: torch.dtype) -> None:
-    left_alone(Captured(prune(nn.Linear(64, 96)).to(dtype), X.to(dtype)), "compute in float32")
+def test_float64_stays() -> None:
+    left_alone(Captured(prune(nn.Linear(64, 96)).double(), X.double()), "compute in float32")
 
 
 @pytest.mark.parametrize("which", ["weight", "bias"])

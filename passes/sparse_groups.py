@@ -1,0 +1,105 @@
+"""Which layers run sparse in the company that they are in: tensors are converted where sparse layers meet others."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import prod
+
+import torch
+from torch.fx import Node
+
+from autosparse_fx._compat.dynamo_graphs import size_hint
+from autosparse_fx.kernels import choice
+from autosparse_fx.kernels.choice import CHOICE
+from autosparse_fx.passes.epilogues import activation_of
+
+aten = torch.ops.aten
+_VIEWS = (aten.view.default, aten._unsafe_view.default)
+
+
+def take_close_ones(layers: Sequence[Node]) -> None:
+    """Take in the layers about as fast on a sparse kernel that lie between such as gain, behind some and before others.
+
+    Their tensors would be converted twice. None where all of them together cost half of what the others gain.
+    """
+    gain = sparse_ones(layers)
+    close = {node for node in layers if node.meta[CHOICE].is_close}.difference(gain)
+    behind, before = set(gain), set(gain)
+    for node in layers:  # in the order of the graph
+        if node in close and not behind.isdisjoint(_sources(node)):
+            behind.add(node)
+    for node in reversed(layers):
+        if node in before:
+            before.update(close.intersection(_sources(node)))
+    between = close & behind & before
+    gained = sum(node.meta[CHOICE].saved for node in gain)
+    if -sum(node.meta[CHOICE].saved for node in between) > gained / 2:
+        return
+    for node in between:
+        node.meta[CHOICE] = replace(node.meta[CHOICE], is_sparse=True, reason="between layers that run sparse")
+
+
+def drop_groups_that_lose(layers: Sequence[Node], cycles: float) -> None:
+    """Leave those dense that gain less, with those that they hand their tensors to, than being called for costs.
+
+    Args:
+        layers: all of one kind, in the order of the graph.
+        cycles: that each element costs which goes into such a group or comes out of it.
+    """
+    import networkx as nx  # takes as long as a tenth of torch
+
+    chosen = sparse_ones(layers)
+    links = nx.Graph()
+    links.add_nodes_from(chosen)
+    sources = {node: _sources(node) for node in chosen}
+    links.add_edges_from((node, source) for node in chosen for source in sources[node] & set(chosen))
+    for group in nx.connected_components(links):
+        entering = {node.all_input_nodes[0] for node in group if not sources[node] or not sources[node] <= group}
+        leaving = {node for node in group if not _readers(node) <= group}
+        elements = sum(_elements(node) for node in (*entering, *leaving))
+        if sum(node.meta[CHOICE].saved for node in group) < choice.PROGRAM + cycles * elements:
+            for node in group:
+                reason = f"{node.meta[CHOICE].reason}, less than calling a program and converting tensors costs"
+                node.meta[CHOICE] = replace(node.meta[CHOICE], is_sparse=False, reason=reason)
+
+
+def sparse_ones(layers: Sequence[Node]) -> list[Node]:
+    return [node for node in layers if node.meta[CHOICE].is_sparse]
+
+
+def _is_between(node: Node) -> bool:
+    """Whether a node is computed along with a layer before it, or costs nothing."""
+    return node.target is aten.add.Tensor or node.target in _VIEWS or activation_of(node) is not None
+
+
+def _sources(node: Node) -> set[Node]:
+    """The layers whose results a layer reads, added to others or activated."""
+    found, seen, todo = set(), set(), list(node.all_input_nodes[:1])
+    while todo:
+        source = todo.pop()
+        if source in seen:
+            continue
+        seen.add(source)
+        if CHOICE in source.meta:
+            found.add(source)
+        elif _is_between(source):
+            todo.extend(source.all_input_nodes)
+    return found
+
+
+def _readers(node: Node) -> set[Node]:
+    """What reads the result of a layer, added to others or activated."""
+    found, seen, todo = set(), set(), list(node.users)
+    while todo:
+        user = todo.pop()
+        if user in seen:
+            continue
+        seen.add(user)
+        if CHOICE not in user.meta and _is_between(user):
+            todo.extend(user.users)
+        else:
+            found.add(user)
+    return found
+
+
+def _elements(node: Node) -> int:
+    return prod(size_hint(size) for size in node.meta["val"].shape)
