@@ -30,7 +30,10 @@ MOST_REWRITES = 8  # of weights between calls, after which a graph goes back to 
 
 
 def compile_for_inference(gm: GraphModule, patches: dict[str, Any]) -> Callable[..., Any] | None:
-    """Compile a Dynamo graph with its weights as constants, or return None where no layer would run sparse."""
+    """Compile a Dynamo graph with its weights as constants.
+
+    None where no layer would run sparse, nor half of the weights are zeros: then the graph is compiled like any other.
+    """
     given = len(dynamo_graphs.graph_inputs(gm))
     gm, state = with_state_as_inputs(gm)
     if not any(_may_run_sparse(tensor) for tensor in state.values()):
@@ -158,14 +161,15 @@ class FrozenGraph:
         return dropped
 
     def compile_for(self, tensors: Sequence[Tensor], rewrites: int = 0) -> bool:
-        """Compile for these weights as constants; return False where no layer would run sparse."""
+        """Compile for these weights as constants; return False where nothing about them is sparse."""
         graph = with_constants(self._graph, dict(zip(self._state, tensors, strict=True)))
         graph.meta[AUTOTUNE] = bool(self._patches.get("max_autotune"))
         versions = _versions(tensors, _counted(tensors))
-        if not _make_sparse(graph):
+        runs_sparse = _make_sparse(graph)
+        if not runs_sparse and not _is_half_zeros(tensors):
             return False
         inputs = [self._example_inputs[number] for number in self._rest]
-        patches = {"freezing": True, "layout_optimization": False, **self._patches}
+        patches = {"freezing": True, **({"layout_optimization": False} if runs_sparse else {}), **self._patches}
         function = inductor.compile_with_inductor(graph, inputs, patches)
         self._keep(tensors, _Compiled(tensors, function, self._rest, versions=versions, rewrites=rewrites))
         return True
@@ -206,6 +210,13 @@ def _probes(tensors: Sequence[Tensor]) -> list[tuple[Any, float]]:
     halves = [t.view(torch.int16).numpy() for t in buffers if not lacking(t) and t.dtype.itemsize == 2]
     floats = [t.numpy() for t in buffers if not lacking(t) and t.dtype == torch.float32]
     return [(view, view.item(0)) for view in (*halves, *floats) if view.item(0) == view.item(0)]
+
+
+def _is_half_zeros(tensors: Sequence[Tensor]) -> bool:
+    """Whether half of all weights are zeros, or more, as in a finalized model."""
+    weights = [tensor.detach() for tensor in tensors if _may_run_sparse(tensor)]
+    zeros = sum(weight.numel() - int(weight.count_nonzero()) for weight in weights)
+    return 2 * zeros >= max(1, sum(weight.numel() for weight in weights))
 
 
 def _make_sparse(graph: GraphModule) -> bool:

@@ -18,7 +18,7 @@ CODE_LOAD = 0.03  # over the density: loading the vectors of the input, which ro
 LANES, TILE = 16, 8  # columns are computed in vectors of this size, and tiles of so many
 # Products of bfloat16 take so much of the time of float32 ones where the processor multiplies matrices of them, or
 # vectors. Elsewhere, and in float16, dense kernels are slower than in float32.
-BF16_MATRICES, BF16_VECTORS = 0.27, 0.45
+BF16_MATRICES, BF16_VECTORS = 0.22, 0.45
 MARGIN = 0.75  # of the dense estimate, below which a layer becomes sparse
 CLOSE = 1.4  # of the dense estimate, up to which it stays among sparse layers rather than have its tensors converted
 CALL = 150_000  # cycles of all threads that calling a dense kernel costs about, which the layers of a program share

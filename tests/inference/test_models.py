@@ -113,6 +113,24 @@ def test_float64_runs_dense(name: str, seen: Seen) -> None:
     assert found.dtype == torch.float64 and seen.programs == 0
 
 
+def test_sparse_model_that_gains_nothing_is_dense_with_constant_weights(
+    seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autosparse_fx.kernels.choice.MARGIN", 0.0)
+    for sparsity, is_constant in ((0.3, False), (0.9, True)):
+        torch._dynamo.reset()
+        seen.graphs.clear()
+        model = made(sparsity=sparsity)
+        fast = compiled(model)
+        check(fast, model, X)
+        model.first.weight.data.copy_(2 * model.first.weight.data)
+        with torch.no_grad():
+            model.first.bias.add_(1.0)
+        check(fast, model, X)
+        constants = [len(list(graph.buffers())) for graph in seen.graphs]
+        assert constants == ([4, 4] if is_constant else [0]) and seen.programs == 0
+
+
 def error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).abs().max() / expected.abs().max())
 

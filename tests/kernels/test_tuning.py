@@ -78,7 +78,14 @@ def test_what_was_measured_is_remembered(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
     monkeypatch.setattr(tuning, "_tune", again)
     assert tuned_layouts(work, library()) == found
-    for other in (replace(work, batch=5), replace(work, steps=[work.steps[0], work.steps[2], work.steps[1]])):
+    alike = [replace(step, weight=step.weight.roll(1, 0)) for step in work.steps]
+    assert tuned_layouts(replace(work, steps=alike), library()) == found
+    denser = [replace(step, weight=torch.ones_like(step.weight)) for step in work.steps]
+    for other in (
+        replace(work, batch=5),
+        replace(work, steps=[work.steps[0], work.steps[2], work.steps[1]]),
+        replace(work, steps=denser),
+    ):
         with pytest.raises(AssertionError, match="measured again"):
             tuned_layouts(other, library())
 
