@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 
 from autosparse_fx._compat import aot_autograd, dynamo_graphs, inductor
 from autosparse_fx.kernels.choice import CHOICE, lacking
+from autosparse_fx.ownership import half_are_zeros
 from autosparse_fx.passes import INFERENCE_PASSES
 from autosparse_fx.passes.constants import with_constants
 from autosparse_fx.passes.fuse_sparse_programs import AUTOTUNE, RUN_PROGRAM
@@ -166,10 +167,12 @@ class FrozenGraph:
         graph.meta[AUTOTUNE] = bool(self._patches.get("max_autotune"))
         versions = _versions(tensors, _counted(tensors))
         runs_sparse = _make_sparse(graph)
-        if not runs_sparse and not _is_half_zeros(tensors):
+        if not runs_sparse and not half_are_zeros(filter(_may_run_sparse, tensors)):
             return False
         inputs = [self._example_inputs[number] for number in self._rest]
-        patches = {"freezing": True, **({"layout_optimization": False} if runs_sparse else {}), **self._patches}
+        patches = {"freezing": True, **self._patches}
+        if runs_sparse:
+            patches.setdefault("layout_optimization", False)
         function = inductor.compile_with_inductor(graph, inputs, patches)
         self._keep(tensors, _Compiled(tensors, function, self._rest, versions=versions, rewrites=rewrites))
         return True
@@ -203,20 +206,13 @@ class FrozenGraph:
         self._keep(tensors, _Compiled(tensors, self._dense, arguments, versions=None, rewrites=rewrites))
 
 
-def _probes(tensors: Sequence[Tensor]) -> list[tuple[Any, float]]:
+def _probes(tensors: Sequence[Tensor]) -> list[tuple[Any, int]]:
     """What to look at besides versions: batch norm writes to its statistics without counting it."""
-    buffers = [t.detach() for t in tensors if not isinstance(t, nn.Parameter) and t.dim() == 1 and t.numel()]
-    # NumPy reads an element fastest, and knows no bfloat16.
-    halves = [t.view(torch.int16).numpy() for t in buffers if not lacking(t) and t.dtype.itemsize == 2]
-    floats = [t.numpy() for t in buffers if not lacking(t) and t.dtype == torch.float32]
-    return [(view, view.item(0)) for view in (*halves, *floats) if view.item(0) == view.item(0)]
-
-
-def _is_half_zeros(tensors: Sequence[Tensor]) -> bool:
-    """Whether half of all weights are zeros, or more, as in a finalized model."""
-    weights = [tensor.detach() for tensor in tensors if _may_run_sparse(tensor)]
-    zeros = sum(weight.numel() - int(weight.count_nonzero()) for weight in weights)
-    return 2 * zeros >= max(1, sum(weight.numel() for weight in weights))
+    buffers = [t for t in tensors if not isinstance(t, nn.Parameter) and t.dim() == 1 and t.numel() and not lacking(t)]
+    # Their bits, because NumPy reads an element fastest, and knows no bfloat16.
+    bits = {2: torch.int16, 4: torch.int32}
+    views = [t.detach().view(bits[t.dtype.itemsize]).numpy() for t in buffers]
+    return [(view, view.item(0)) for view in views]
 
 
 def _make_sparse(graph: GraphModule) -> bool:

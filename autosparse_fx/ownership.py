@@ -68,12 +68,17 @@ def holds_zeros(parameters: Sequence[Tensor]) -> bool:
     counted = {id(p): p for p in parameters}
     for root in _Ancestry(parameters).outermost():
         counted.update((id(c.parameter), c.parameter) for c in collect(root) if c.axis is not None)
+    return half_are_zeros(counted.values())
+
+
+def half_are_zeros(tensors: Iterable[Tensor]) -> bool:
+    """Whether half of all elements or more are exactly zero, tensors of nothing but zeros not counted."""
     zeros = total = 0
     with torch.no_grad():
-        for parameter in counted.values():
-            found = parameter.numel() - int(torch.count_nonzero(parameter))
-            if found < parameter.numel():
-                zeros, total = zeros + found, total + parameter.numel()
+        for tensor in tensors:
+            found = tensor.numel() - int(torch.count_nonzero(tensor))
+            if found < tensor.numel():
+                zeros, total = zeros + found, total + tensor.numel()
     return total > 0 and 2 * zeros >= total
 
 

@@ -1,4 +1,4 @@
-"""What may follow a layer and be computed with it: activations, as ATen spells them."""
+"""What may follow a layer and be computed with it, or costs nothing: activations and views, as ATen spells them."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ from torch.fx import Node
 
 aten = torch.ops.aten
 
+VIEWS = (aten.view.default, aten._unsafe_view.default)
 _BY_NAME = {
     aten.relu.default: "relu",
     aten.silu.default: "silu",

@@ -29,10 +29,12 @@ def lower_sparse_conv(gm: GraphModule) -> int:
         node.meta[CHOICE] = _choice(node)
     if sparse_ones(convolutions) and library().machine.runs_code:
         take_close_ones(convolutions)
+    sparse = set(sparse_ones(convolutions))
     for node in convolutions:
-        if _is_between(node, sparse_ones(convolutions)):
+        if _is_between(node, sparse):
             node.meta[CHOICE] = Choice(True, "grouped, between layers that run sparse")
-    drop_groups_that_lose(convolutions, choice.CONVERT)
+            sparse.add(node)
+    drop_groups_that_lose(convolutions, lambda _: choice.CONVERT)
     chosen = sparse_ones(convolutions)
     for node in reversed(chosen):
         _lower(gm, node)
@@ -83,7 +85,7 @@ def _is_static(value: Tensor) -> bool:
     return all(isinstance(size, int) for size in value.shape[1:])
 
 
-def _is_between(node: Node, chosen: list[Node]) -> bool:
+def _is_between(node: Node, sparse: set[Node]) -> bool:
     """Whether a grouped convolution gets its input from a layer that runs sparse, and gives it to such layers only."""
     if _unsupported(node) or int(node.args[8]) == 1:  # type: ignore[arg-type]
         return False
@@ -93,7 +95,7 @@ def _is_between(node: Node, chosen: list[Node]) -> bool:
     users = list(node.users)
     if len(users) == 1 and activation_of(users[0]) is not None:
         users = list(users[0].users)
-    return source in chosen and all(user in chosen for user in users)
+    return source in sparse and sparse.issuperset(users)
 
 
 def _lower(gm: GraphModule, node: Node) -> None:
@@ -111,7 +113,7 @@ def _lower(gm: GraphModule, node: Node) -> None:
     if bias is None:
         stored = constant(weight)
         assert stored is not None
-        bias = new_constant(gm, f"{node.name}_bias", stored.new_zeros(stored.shape[0]), node)
+        bias = new_constant(gm, f"{node.name}_bias", torch.zeros(stored.shape[0]), node)
     given: list[Any] = [source, weight, bias, residual]
     tensors = [None if tensor is None else widened(gm, tensor, end) for tensor in given]
     with gm.graph.inserting_before(end):

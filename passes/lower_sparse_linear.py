@@ -11,12 +11,11 @@ from autosparse_fx.kernels import choice, ops  # noqa: F401  (the operators must
 from autosparse_fx.kernels.choice import CHOICE, Choice, choose, lacking
 from autosparse_fx.passes.casts import drop_casts_between, is_cast, narrowed, widened
 from autosparse_fx.passes.constants import constant, new_constant, remove_unused_constants
-from autosparse_fx.passes.epilogues import activation_of, only_user
+from autosparse_fx.passes.epilogues import VIEWS, activation_of, only_user
 from autosparse_fx.passes.sparse_groups import drop_groups_that_lose, sparse_ones
 
 aten = torch.ops.aten
 SPARSE_LINEAR = torch.ops.autosparse.sparse_linear.default
-_VIEWS = (aten.view.default, aten._unsafe_view.default)
 _PRODUCTS = (aten.mm.default, aten.addmm.default)
 COLUMNS = 128  # a chunk of tokens
 
@@ -27,9 +26,7 @@ def lower_sparse_linear(gm: GraphModule) -> int:
     operands = {node: _operands(node) for node in products}
     for node, (its_choice, _, _) in operands.items():
         node.meta[CHOICE] = its_choice
-    for dtype in choice.DTYPES:
-        alike = [node for node in products if node.meta["val"].dtype == dtype]
-        drop_groups_that_lose(alike, 0 if dtype == torch.float32 else choice.CAST)
+    drop_groups_that_lose(products, lambda dtype: 0 if dtype == torch.float32 else choice.CAST)
     chosen = sparse_ones(products)
     for node in chosen:
         _, weight, bias = operands[node]
@@ -81,7 +78,7 @@ def _lower(gm: GraphModule, node: Node, weight: Tensor, bias: Tensor | None) -> 
     regrouped: Node | None = None
     activation, clamp = "none", list[float]()
     while (user := only_user(end)) is not None:
-        if user.target in _VIEWS and user.meta["val"].shape[-1] == weight.shape[0]:
+        if user.target in VIEWS and user.meta["val"].shape[-1] == weight.shape[0]:
             regrouped = user
         elif user.target is aten.add.Tensor and bias is None and (added := _vector(user, end, weight)) is not None:
             bias = added
@@ -124,7 +121,7 @@ def _vector(add: Node, summand: Node, weight: Tensor) -> Tensor | None:
 def _drop_views_that_cancel(gm: GraphModule) -> None:
     for view in gm.graph.find_nodes(op="call_function", target=aten.view.default):
         source = view.args[0]
-        while source.target in _VIEWS:
+        while source.target in VIEWS:
             source = source.args[0]
         shapes = [[str(size) for size in node.meta["val"].shape] for node in (source, view)]
         layer = source.args[0] if is_cast(source) else source

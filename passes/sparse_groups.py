@@ -1,6 +1,6 @@
 """Which layers run sparse in the company that they are in: tensors are converted where sparse layers meet others."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import prod
 
@@ -10,10 +10,9 @@ from torch.fx import Node
 from autosparse_fx._compat.dynamo_graphs import size_hint
 from autosparse_fx.kernels import choice
 from autosparse_fx.kernels.choice import CHOICE
-from autosparse_fx.passes.epilogues import activation_of
+from autosparse_fx.passes.epilogues import VIEWS, activation_of
 
 aten = torch.ops.aten
-_VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 
 def take_close_ones(layers: Sequence[Node]) -> None:
@@ -38,12 +37,12 @@ def take_close_ones(layers: Sequence[Node]) -> None:
         node.meta[CHOICE] = replace(node.meta[CHOICE], is_sparse=True, reason="between layers that run sparse")
 
 
-def drop_groups_that_lose(layers: Sequence[Node], cycles: float) -> None:
+def drop_groups_that_lose(layers: Sequence[Node], cycles: Callable[[torch.dtype], float]) -> None:
     """Leave those dense that gain less, with those that they hand their tensors to, than being called for costs.
 
     Args:
         layers: all of one kind, in the order of the graph.
-        cycles: that each element costs which goes into such a group or comes out of it.
+        cycles: that each element costs which goes into such a group or comes out of it, by its dtype there.
     """
     import networkx as nx  # takes as long as a tenth of torch
 
@@ -55,10 +54,11 @@ def drop_groups_that_lose(layers: Sequence[Node], cycles: float) -> None:
     for group in nx.connected_components(links):
         entering = {node.all_input_nodes[0] for node in group if not sources[node] or not sources[node] <= group}
         leaving = {node for node in group if not _readers(node) <= group}
-        elements = sum(_elements(node) for node in (*entering, *leaving))
-        if sum(node.meta[CHOICE].saved for node in group) < choice.PROGRAM + cycles * elements:
+        edges = [node.meta["val"] for node in (*entering, *leaving)]
+        costs = choice.PROGRAM + sum(cycles(value.dtype) * prod(map(size_hint, value.shape)) for value in edges)
+        if sum(node.meta[CHOICE].saved for node in group) < costs:
             for node in group:
-                reason = f"{node.meta[CHOICE].reason}, less than calling a program and converting tensors costs"
+                reason = f"{node.meta[CHOICE].reason}, less than calling it costs"
                 node.meta[CHOICE] = replace(node.meta[CHOICE], is_sparse=False, reason=reason)
 
 
@@ -68,7 +68,7 @@ def sparse_ones(layers: Sequence[Node]) -> list[Node]:
 
 def _is_between(node: Node) -> bool:
     """Whether a node is computed along with a layer before it, or costs nothing."""
-    return node.target is aten.add.Tensor or node.target in _VIEWS or activation_of(node) is not None
+    return node.target is aten.add.Tensor or node.target in VIEWS or activation_of(node) is not None
 
 
 def _sources(node: Node) -> set[Node]:
@@ -99,7 +99,3 @@ def _readers(node: Node) -> set[Node]:
         else:
             found.add(user)
     return found
-
-
-def _elements(node: Node) -> int:
-    return prod(size_hint(size) for size in node.meta["val"].shape)

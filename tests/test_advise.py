@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import autosparse_fx
@@ -36,6 +37,21 @@ def test_times_every_layer_that_has_a_sparse_kernel() -> None:
     text = str(advice)
     assert "conv.weight" in text and "90%" in text and "transposed" in text and "measured on this machine" in text
     assert json.loads(json.dumps(advice.to_dict()))["threads"] == torch.get_num_threads()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dense_layers_are_timed_in_the_dtype_of_the_model(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    def linear(x: Tensor, *parameters: Tensor) -> Tensor:
+        dtypes.update(tensor.dtype for tensor in (x, *parameters))
+        return dense(x, *parameters)
+
+    dtypes: set[torch.dtype] = set()
+    dense = F.linear
+    monkeypatch.setattr(F, "linear", linear)
+    advise(
+        nn.Sequential(nn.Conv2d(3, 8, 1), nn.Flatten(), nn.Linear(8, 4)).to(dtype), torch.ones(2, 3, 1, 1, dtype=dtype)
+    )
+    assert dtypes == {dtype}
 
 
 def test_pays_from_is_where_sparse_stays_faster() -> None:

@@ -30,7 +30,7 @@ def run(width: int, monkeypatch: pytest.MonkeyPatch) -> int:
 def test_small_gains_are_left(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="autosparse_fx"):
         run(64, monkeypatch)
-    assert "less than calling a program" in caplog.text
+    assert "less than calling it costs" in caplog.text
 
 
 def test_large_gains_are_taken(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

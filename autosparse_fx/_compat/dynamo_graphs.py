@@ -55,9 +55,10 @@ def with_tensors_as_inputs(gm: GraphModule) -> tuple[GraphModule, list[Tensor]]:
             tensors.append(tensor)
         node.replace_all_uses_with(lifted[name])
         made.graph.erase_node(node)
-    rest: Any = {name: source for name, source in sources.items() if name not in lifted}
-    made._param_name_to_source = rest
-    made.recompile()
+    if lifted:
+        rest: Any = {name: source for name, source in sources.items() if name not in lifted}
+        made._param_name_to_source = rest
+        made.recompile()
     return made, tensors
 
 

@@ -40,6 +40,10 @@ def prune(model: nn.Module, sparsity: float = 0.9) -> nn.Module:
     return model
 
 
+def conv(inputs: int = 16, outputs: int = 32, kernel: int = 3, padding: int = 1, **arguments: Any) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel, padding=padding, **arguments)
+
+
 class Function(nn.Module):
     """Some layers by name, and how they are called."""
 
@@ -87,6 +91,13 @@ class Captured:
         assert self.gm.code == code
         assert {n: id(b) for n, b in self.gm.named_buffers()} == {n: id(b) for n, b in buffers.items()}
         return changes
+
+    def check_left_alone(self, graph_pass: Callable[[GraphModule], int], reason: str) -> None:
+        """See that a pass changes nothing, and says of a layer that this is why."""
+        code = self.gm.code
+        assert self.apply(graph_pass) == 0
+        assert self.gm.code == code
+        assert any(reason in given for given in self.reasons()), self.reasons()
 
     def check(self) -> None:
         self.gm.graph.lint()

@@ -6,12 +6,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from kernels.graphs import CONVOLUTION, SPARSE_CONV, Captured, Function, prune
+from kernels.graphs import CONVOLUTION, SPARSE_CONV, Captured, Function, conv, prune
 from torch import Tensor, nn
 
-from autosparse_fx.kernels import choice
 from autosparse_fx.kernels.choice import CHOICE
-from autosparse_fx.kernels.library import library
 from autosparse_fx.passes import fold_batch_norm, lower_sparse_conv
 
 aten = torch.ops.aten
@@ -22,19 +20,12 @@ def captured(*layers: nn.Module, x: Tensor = X) -> Captured:
     return Captured(prune(nn.Sequential(*layers)), x)
 
 
-def conv(inputs: int = 16, outputs: int = 32, kernel: int = 3, padding: int = 1, **arguments: Any) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, kernel, padding=padding, **arguments)
-
-
 def function(forward: Callable[..., Any], *inputs: Tensor, **layers: nn.Module) -> Captured:
     return Captured(prune(Function(forward, **layers)), *(inputs or (X,)))
 
 
 def left_alone(graph: Captured, reason: str) -> None:
-    code = graph.gm.code
-    assert graph.apply(lower_sparse_conv) == 0
-    assert graph.gm.code == code
-    assert any(reason in given for given in graph.reasons()), graph.reasons()
+    graph.check_left_alone(lower_sparse_conv, reason)
 
 
 # What is lowered.
@@ -334,116 +325,6 @@ def test_half_precision_pays_less_where_the_processor_is_good_at_it(monkeypatch:
     assert Captured(model.half(), x.half()).apply(lower_sparse_conv) == 1
     torch._dynamo.reset()
     assert Captured(model.float(), x).apply(lower_sparse_conv) == 1
-
-
-# What converting tensors costs.
-
-
-def test_layer_that_gains_less_than_converting_its_tensors_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = prune(conv())
-    gained = Captured(model, X)
-    gained.apply(lower_sparse_conv)
-    (saved,) = (choice.saved for choice in gained.choices())
-    elements = 2 * (16 + 32) * 20 * 20
-    for cycles, count in ((0.99 * saved / elements, 1), (1.01 * saved / elements, 0)):
-        torch._dynamo.reset()
-        monkeypatch.setattr(choice, "CONVERT", cycles)
-        graph = Captured(model, X)
-        assert graph.apply(lower_sparse_conv) == count
-        assert any("converting" in reason for reason in graph.reasons()) == (count == 0)
-
-
-def test_layers_in_a_row_share_what_converting_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    layers = [module for _ in range(6) for module in (conv(16, 16), nn.ReLU())]
-    gained = captured(conv(16, 16))
-    gained.apply(lower_sparse_conv)
-    (saved,) = (choice.saved for choice in gained.choices())
-    monkeypatch.setattr(choice, "CONVERT", 2 * saved / (2 * 32 * 20 * 20))
-    for model, count in ((layers[:1], 0), (layers, 6)):
-        torch._dynamo.reset()
-        assert captured(*model).apply(lower_sparse_conv) == count
-
-
-# Layers without zeros.
-
-
-def around(dense: int, *, is_open: bool = False) -> Captured:
-    """So many dense 1x1 layers in a row, behind a sparse layer and (unless it is open) before one."""
-    layers: list[nn.Module] = [conv(64, 64), nn.ReLU()]
-    layers += [module for _ in range(dense) for module in (conv(64, 64, 1, 0), nn.ReLU())]
-    model = prune(nn.Sequential(*layers, *([] if is_open else [conv(64, 64)])))
-    for module in model:
-        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1):
-            nn.init.kaiming_normal_(module.weight)
-    return Captured(model, torch.randn(2, 64, 20, 20))
-
-
-@pytest.mark.parametrize("dense", [1, 2])
-def test_dense_layers_between_sparse_ones_go_with_them(dense: int) -> None:
-    if not library().machine.runs_code:
-        pytest.skip("patterns are no machine code here")
-    graph = around(dense)
-    assert graph.apply(lower_sparse_conv) == 2 + dense
-    reasons = [node.meta[CHOICE].reason for node in graph.nodes(SPARSE_CONV)]
-    assert reasons.count("between layers that run sparse") == dense
-    assert sum(node.meta[CHOICE].saved for node in graph.nodes(SPARSE_CONV)) > 0
-
-
-def test_dense_layers_that_no_sparse_one_follows_stay() -> None:
-    assert around(2, is_open=True).apply(lower_sparse_conv) == 1
-
-
-def test_dense_layers_that_would_cost_what_the_others_gain_stay() -> None:
-    assert around(100).apply(lower_sparse_conv) == 2
-
-
-def test_dense_model_stays_dense_and_compiles_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    def compiled() -> None:
-        raise AssertionError("kernels were compiled")
-
-    monkeypatch.setattr(choice, "library", compiled)
-    model = nn.Sequential(conv(64, 64), nn.ReLU(), conv(64, 64))
-    left_alone(Captured(model, torch.randn(2, 64, 20, 20)), "estimated")
-
-
-# Groups.
-
-
-def mobile(*, first: int = 1, last: int = 1) -> Captured:
-    layers = [conv(16, 48, 1, 0), nn.ReLU6(), conv(48, 48, groups=48), nn.ReLU6(), conv(48, 16, 1, 0)]
-    model = prune(nn.Sequential(*layers))
-    nn.init.normal_(model[2].weight)
-    for number, is_sparse in ((0, first), (4, last)):
-        if not is_sparse:
-            nn.init.normal_(model[number].weight)
-    return Captured(model, X)
-
-
-def test_groups_between_sparse_layers_go_with_them() -> None:
-    graph = mobile()
-    assert graph.apply(lower_sparse_conv) == 3
-    assert [n.args[7] for n in graph.nodes(SPARSE_CONV)] == [1, 48, 1]
-    assert "between" in graph.nodes(SPARSE_CONV)[1].meta[CHOICE].reason
-
-
-@pytest.mark.parametrize("sides", [(0, 1), (1, 0)])
-def test_groups_beside_a_dense_layer_stay(sides: tuple[int, int]) -> None:
-    graph = mobile(first=sides[0], last=sides[1])
-    assert graph.apply(lower_sparse_conv) == 1
-    assert graph.reasons().count("grouped") == 1
-
-
-def test_groups_alone_stay() -> None:
-    left_alone(captured(conv(16, 32, groups=4)), "grouped")
-
-
-def test_groups_whose_result_is_also_returned_stay() -> None:
-    def forward(m: Any, x: Tensor) -> Any:
-        y = F.relu(m.b(F.relu(m.a(x))))
-        return m.c(y), y
-
-    graph = function(forward, a=conv(16, 48, 1, 0), b=conv(48, 48, groups=48), c=conv(48, 16, 1, 0))
-    assert graph.apply(lower_sparse_conv) == 2
 
 
 def test_model_keeps_its_own_weights() -> None:
