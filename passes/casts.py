@@ -6,6 +6,7 @@ from torch.fx import GraphModule, Node
 from autosparse_fx.passes.constants import constant, new_constant
 
 TO_COPY = torch.ops.aten._to_copy.default
+_OURS = "autosparse_cast"
 
 
 def widened(gm: GraphModule, node: Node, before: Node) -> Node:
@@ -26,13 +27,13 @@ def narrowed(node: Node, dtype: torch.dtype, before: Node) -> Node:
 def _cast(node: Node, dtype: torch.dtype, before: Node) -> Node:
     with before.graph.inserting_before(before):
         cast = before.graph.call_function(TO_COPY, (node,), {"dtype": dtype})
-    cast.meta["val"] = node.meta["val"].to(dtype)
+    cast.meta.update({"val": node.meta["val"].to(dtype), _OURS: True})
     return cast
 
 
 def is_cast(node: Node) -> bool:
-    """Whether a node changes the dtype of a tensor and nothing else."""
-    return node.target is TO_COPY and node.kwargs.keys() == {"dtype"}
+    """Whether a node was made here; the casts of a model round or truncate, and stay."""
+    return _OURS in node.meta
 
 
 def drop_casts_between(gm: GraphModule, layer: object) -> None:

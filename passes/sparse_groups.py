@@ -52,7 +52,7 @@ def drop_groups_that_lose(layers: Sequence[Node], cycles: Callable[[torch.dtype]
     sources = {node: _sources(node) for node in chosen}
     links.add_edges_from((node, source) for node in chosen for source in sources[node] & set(chosen))
     for group in nx.connected_components(links):
-        entering = {node.all_input_nodes[0] for node in group if not sources[node] or not sources[node] <= group}
+        entering = {_input(node) for node in group if not sources[node] or not sources[node] <= group}
         leaving = {node for node in group if not _readers(node) <= group}
         edges = [node.meta["val"] for node in (*entering, *leaving)]
         costs = choice.PROGRAM + sum(cycles(value.dtype) * prod(map(size_hint, value.shape)) for value in edges)
@@ -71,9 +71,14 @@ def _is_between(node: Node) -> bool:
     return node.target is aten.add.Tensor or node.target in VIEWS or activation_of(node) is not None
 
 
+def _input(node: Node) -> Node:
+    """The tensor that a layer multiplies by its weight."""
+    return node.args[1] if node.target is aten.addmm.default else node.args[0]
+
+
 def _sources(node: Node) -> set[Node]:
     """The layers whose results a layer reads, added to others or activated."""
-    found, seen, todo = set(), set(), list(node.all_input_nodes[:1])
+    found, seen, todo = set(), set(), [_input(node)]
     while todo:
         source = todo.pop()
         if source in seen:

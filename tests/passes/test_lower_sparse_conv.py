@@ -327,6 +327,13 @@ def test_half_precision_pays_less_where_the_processor_is_good_at_it(monkeypatch:
     assert Captured(model.float(), x).apply(lower_sparse_conv) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool])
+def test_casts_of_a_model_stay(dtype: torch.dtype) -> None:
+    graph = function(lambda m, x: m.a(x).relu().to(dtype).float(), a=conv())
+    assert graph.apply(lower_sparse_conv) == 1
+    assert graph.count(aten._to_copy.default) == 2
+
+
 def test_model_keeps_its_own_weights() -> None:
     graph = captured(conv(), nn.ReLU())
     before = graph.model[0].weight.clone()

@@ -209,6 +209,17 @@ def test_half_precision_is_cast_around_a_perceptron_and_not_within(dtype: torch.
     assert result.meta["val"].dtype == dtype and result.meta["val"].shape == X3.shape
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_in_a_row_share_what_calling_them_costs(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [module for _ in range(6) for module in (nn.Linear(64, 64, bias=bias), nn.ReLU())]
+    gained = Captured(prune(nn.Sequential(*layers[:1])), X)
+    gained.apply(lower_sparse_linear)
+    monkeypatch.setattr("autosparse_fx.kernels.choice.PROGRAM", 2 * gained.choices()[0].saved)
+    for model, count in ((layers[:1], 0), (layers, 6)):
+        torch._dynamo.reset()
+        assert Captured(prune(nn.Sequential(*model)), X).apply(lower_sparse_linear) == count
+
+
 def test_products_in_half_precision_pay_for_their_casts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("autosparse_fx.kernels.choice.CAST", 1e9)
     model = prune(nn.Linear(64, 96))
