@@ -5,6 +5,7 @@ from dataclasses import replace
 from math import prod
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from autosparse_fx._compat.dynamo_graphs import size_hint
@@ -47,15 +48,19 @@ def drop_groups_that_lose(layers: Sequence[Node], cycles: Callable[[torch.dtype]
     import networkx as nx  # takes as long as a tenth of torch
 
     chosen = sparse_ones(layers)
+    homes = _homes(chosen)
     links = nx.Graph()
     links.add_nodes_from(chosen)
-    sources = {node: _sources(node) for node in chosen}
-    links.add_edges_from((node, source) for node in chosen for source in sources[node] & set(chosen))
+    edges: dict[Node, set[Node]] = {node: set() for node in chosen}
+    for node, home in homes.items():
+        sources = [_input(node)] if node is home else _summands(node)
+        links.add_edges_from((home, homes[source]) for source in sources if source in homes)
+        edges[home].update(source for source in sources if source not in homes)
+        if not homes.keys() >= node.users.keys():
+            edges[home].add(node)
     for group in nx.connected_components(links):
-        entering = {_input(node) for node in group if not sources[node] or not sources[node] <= group}
-        leaving = {node for node in group if not _readers(node) <= group}
-        edges = [node.meta["val"] for node in (*entering, *leaving)]
-        costs = choice.PROGRAM + sum(cycles(value.dtype) * prod(map(size_hint, value.shape)) for value in edges)
+        tensors = [node.meta["val"] for node in set().union(*(edges[node] for node in group))]
+        costs = choice.PROGRAM + sum(cycles(value.dtype) * prod(map(size_hint, value.shape)) for value in tensors)
         if sum(node.meta[CHOICE].saved for node in group) < costs:
             for node in group:
                 reason = f"{node.meta[CHOICE].reason}, less than calling it costs"
@@ -73,7 +78,7 @@ def _is_between(node: Node) -> bool:
 
 def _input(node: Node) -> Node:
     """The tensor that a layer multiplies by its weight."""
-    return node.args[1] if node.target is aten.addmm.default else node.args[0]
+    return node.args[1] if node.target is aten.addmm.default else node.args[0]  # type: ignore[return-value]
 
 
 def _sources(node: Node) -> set[Node]:
@@ -91,16 +96,19 @@ def _sources(node: Node) -> set[Node]:
     return found
 
 
-def _readers(node: Node) -> set[Node]:
-    """What reads the result of a layer, added to others or activated."""
-    found, seen, todo = set(), set(), list(node.users)
-    while todo:
-        user = todo.pop()
-        if user in seen:
-            continue
-        seen.add(user)
-        if CHOICE not in user.meta and _is_between(user):
-            todo.extend(user.users)
-        else:
-            found.add(user)
-    return found
+def _homes(chosen: Sequence[Node]) -> dict[Node, Node]:
+    """The layer that computes a tensor, be it the sum or activation of its result: of several the last."""
+    homes: dict[Node, Node] = {}
+    position = {node: number for number, node in enumerate(chosen)}
+    for node in chosen[0].graph.nodes if chosen else ():
+        if node in position:
+            homes[node] = node
+        elif _is_between(node):
+            owners = [homes[source] for source in node.all_input_nodes if source in homes]
+            if owners:
+                homes[node] = max(owners, key=position.__getitem__)
+    return homes
+
+
+def _summands(node: Node) -> list[Node]:
+    return [n for n in node.all_input_nodes if n.op != "get_attr" and isinstance(n.meta["val"], Tensor)]

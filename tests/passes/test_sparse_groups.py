@@ -48,6 +48,23 @@ def test_layers_in_a_row_share_what_converting_costs(monkeypatch: pytest.MonkeyP
         assert captured(*model).apply(lower_sparse_conv) == count
 
 
+def test_residual_layers_pay_for_what_enters_and_leaves_their_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        for first, second in ((m.a, m.b), (m.c, m.d)):
+            x = F.relu(second(F.relu(first(x))) + x)
+        return x
+
+    layers = {name: conv(16, 16) for name in "abcd"}
+    model = prune(Function(forward, **layers))
+    gained = Captured(model, X)
+    gained.apply(lower_sparse_conv)
+    saved = sum(choice.saved for choice in gained.choices())
+    for share, count in ((0.99, 4), (1.01, 0)):
+        torch._dynamo.reset()
+        monkeypatch.setattr(choice, "CONVERT", share * saved / (2 * X.numel()))
+        assert Captured(model, X).apply(lower_sparse_conv) == count
+
+
 # Layers without zeros.
 
 
