@@ -31,8 +31,8 @@ def _cast(node: Node, dtype: torch.dtype, before: Node) -> Node:
     return cast
 
 
-def is_cast(node: Node) -> bool:
-    """Whether a node was made here; the casts of a model round or truncate, and stay."""
+def is_own_cast(node: Node) -> bool:
+    """Whether a cast was made here: those of a model itself round or truncate, and stay."""
     return _OURS in node.meta
 
 
@@ -40,7 +40,7 @@ def drop_casts_between(gm: GraphModule, layer: object) -> None:
     """Let what layers of this kind hand to one another stay in float32."""
     for node in gm.graph.find_nodes(op="call_function", target=TO_COPY):
         narrow = node.args[0]
-        if not is_cast(node) or not is_cast(narrow) or narrow.args[0].target is not layer:
+        if not is_own_cast(node) or not is_own_cast(narrow) or narrow.args[0].target is not layer:
             continue
         if narrow.args[0].meta["val"].dtype == node.meta["val"].dtype:
             node.replace_all_uses_with(narrow.args[0])

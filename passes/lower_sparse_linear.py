@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 from autosparse_fx._compat.dynamo_graphs import size_hint
 from autosparse_fx.kernels import choice, ops  # noqa: F401  (the operators must exist)
 from autosparse_fx.kernels.choice import CHOICE, Choice, choose, lacking
-from autosparse_fx.passes.casts import drop_casts_between, is_cast, narrowed, widened
+from autosparse_fx.passes.casts import drop_casts_between, is_own_cast, narrowed, widened
 from autosparse_fx.passes.constants import constant, new_constant, remove_unused_constants
 from autosparse_fx.passes.epilogues import VIEWS, activation_of, only_user
 from autosparse_fx.passes.sparse_groups import drop_groups_that_lose, sparse_ones
@@ -124,6 +124,6 @@ def _drop_views_that_cancel(gm: GraphModule) -> None:
         while source.target in VIEWS:
             source = source.args[0]
         shapes = [[str(size) for size in node.meta["val"].shape] for node in (source, view)]
-        layer = source.args[0] if is_cast(source) else source
+        layer = source.args[0] if is_own_cast(source) else source
         if source is not view.args[0] and shapes[0] == shapes[1] and layer.target is SPARSE_LINEAR:
             view.replace_all_uses_with(source)
