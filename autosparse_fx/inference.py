@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from autosparse_fx._compat import aot_autograd, dynamo_graphs, inductor
 from autosparse_fx.kernels.choice import CHOICE, lacking
 from autosparse_fx.ownership import half_are_zeros
 from autosparse_fx.passes import INFERENCE_PASSES
-from autosparse_fx.passes.constants import with_constants
+from autosparse_fx.passes.constants import constant, with_constants
 from autosparse_fx.passes.fuse_sparse_programs import AUTOTUNE, RUN_PROGRAM
 from autosparse_fx.pipeline import run_passes
 
@@ -167,7 +167,7 @@ class FrozenGraph:
         graph.meta[AUTOTUNE] = bool(self._patches.get("max_autotune"))
         versions = _versions(tensors, _counted(tensors))
         runs_sparse = _make_sparse(graph)
-        if not runs_sparse and not half_are_zeros(filter(_may_run_sparse, tensors)):
+        if not runs_sparse and not half_are_zeros(_weights(graph)):
             return False
         inputs = [self._example_inputs[number] for number in self._rest]
         patches = {"freezing": True, **self._patches}
@@ -196,7 +196,7 @@ class FrozenGraph:
         rewrites = next((c.rewrites + 1 for c in self._compiled if c.is_for(tensors)), 0)
         with torch.no_grad(), aot_autograd.tracing_again(self._example_inputs):
             if rewrites > MOST_REWRITES:
-                log.warning("weights were written to between calls %d times: no sparse kernels any more", MOST_REWRITES)
+                log.warning("weights were written to %d times between calls: dense kernels from now on", MOST_REWRITES)
             elif self.compile_for(tensors, rewrites):
                 return
             if self._dense is None:
@@ -229,6 +229,14 @@ def _make_sparse(graph: GraphModule) -> bool:
         *(len(programs), time.perf_counter() - start, _bytes_of(graph) / 1e6, dense_bytes / 1e6),
     )
     return True
+
+
+def _weights(graph: GraphModule) -> Iterator[Tensor]:
+    """The constants that layers multiply by, whether they might run sparse or not: no tables, no filters of inputs."""
+    for node in graph.graph.nodes:
+        if CHOICE in node.meta:
+            constants = map(constant, node.args)
+            yield from (value for value in constants if value is not None and value.dim() > 1)
 
 
 def _bytes_of(graph: GraphModule) -> int:

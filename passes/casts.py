@@ -10,13 +10,19 @@ _OURS = "autosparse_cast"
 
 
 def widened(gm: GraphModule, node: Node, before: Node) -> Node:
-    """``node`` in float32: itself, a constant, or a cast in front of ``before``."""
+    """``node`` in float32: itself, a constant in front of ``before``, or a cast, the same for all who ask for it."""
     if node.meta["val"].dtype == torch.float32:
         return node
     value = constant(node)
     if value is not None:
         return new_constant(gm, f"{node.name}_wide", value.float(), before)
-    return _cast(node, torch.float32, before)
+    for user in node.users:
+        if is_own_cast(user):
+            return user
+    behind = node.next
+    while behind.op == "placeholder":
+        behind = behind.next
+    return _cast(node, torch.float32, behind)
 
 
 def narrowed(node: Node, dtype: torch.dtype, before: Node) -> Node:

@@ -26,7 +26,7 @@ def lower_sparse_linear(gm: GraphModule) -> int:
     operands = {node: _operands(node) for node in products}
     for node, (its_choice, _, _) in operands.items():
         node.meta[CHOICE] = its_choice
-    drop_groups_that_lose(products, lambda dtype: 0 if dtype == torch.float32 else choice.CAST)
+    drop_groups_that_lose(products, lambda dtype: 0 if dtype == torch.float32 else choice.CAST, sums=False)
     chosen = sparse_ones(products)
     for node in chosen:
         _, weight, bias = operands[node]

@@ -11,6 +11,7 @@ from torch.fx import Node
 from autosparse_fx._compat.dynamo_graphs import size_hint
 from autosparse_fx.kernels import choice
 from autosparse_fx.kernels.choice import CHOICE
+from autosparse_fx.passes.constants import constant
 from autosparse_fx.passes.epilogues import VIEWS, activation_of
 
 aten = torch.ops.aten
@@ -38,17 +39,18 @@ def take_close_ones(layers: Sequence[Node]) -> None:
         node.meta[CHOICE] = replace(node.meta[CHOICE], is_sparse=True, reason="between layers that run sparse")
 
 
-def drop_groups_that_lose(layers: Sequence[Node], cycles: Callable[[torch.dtype], float]) -> None:
+def drop_groups_that_lose(layers: Sequence[Node], cycles: Callable[[torch.dtype], float], *, sums: bool = True) -> None:
     """Leave those dense that gain less, with those that they hand their tensors to, than being called for costs.
 
     Args:
         layers: all of one kind, in the order of the graph.
         cycles: that each element costs which goes into such a group or comes out of it, by its dtype there.
+        sums: whether the layers compute sums with other tensors than constants along.
     """
     import networkx as nx  # takes as long as a tenth of torch
 
     chosen = sparse_ones(layers)
-    homes = _homes(chosen)
+    homes = _homes(chosen, sums=sums)
     links = nx.Graph()
     links.add_nodes_from(chosen)
     edges: dict[Node, set[Node]] = {node: set() for node in chosen}
@@ -71,9 +73,11 @@ def sparse_ones(layers: Sequence[Node]) -> list[Node]:
     return [node for node in layers if node.meta[CHOICE].is_sparse]
 
 
-def _is_between(node: Node) -> bool:
+def _is_between(node: Node, *, sums: bool = True) -> bool:
     """Whether a node is computed along with a layer before it, or costs nothing."""
-    return node.target is aten.add.Tensor or node.target in VIEWS or activation_of(node) is not None
+    if node.target is aten.add.Tensor:
+        return sums or any(constant(summand) is not None for summand in node.args)
+    return node.target in VIEWS or activation_of(node) is not None
 
 
 def _input(node: Node) -> Node:
@@ -96,14 +100,14 @@ def _sources(node: Node) -> set[Node]:
     return found
 
 
-def _homes(chosen: Sequence[Node]) -> dict[Node, Node]:
+def _homes(chosen: Sequence[Node], *, sums: bool) -> dict[Node, Node]:
     """The layer that computes a tensor, be it the sum or activation of its result: of several the last."""
     homes: dict[Node, Node] = {}
     position = {node: number for number, node in enumerate(chosen)}
     for node in chosen[0].graph.nodes if chosen else ():
         if node in position:
             homes[node] = node
-        elif _is_between(node):
+        elif _is_between(node, sums=sums):
             owners = [homes[source] for source in node.all_input_nodes if source in homes]
             if owners:
                 homes[node] = max(owners, key=position.__getitem__)

@@ -131,6 +131,23 @@ def test_sparse_model_that_gains_nothing_is_dense_with_constant_weights(
         assert constants == ([4, 4] if is_constant else [0]) and seen.programs == 0
 
 
+def test_zeros_of_what_is_no_weight_make_no_model_sparse(seen: Seen) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(16, 16)
+            self.register_buffer("mask", torch.full((256, 256), -1e9).triu(1))  # as attention adds them
+            self.table = prune(nn.Embedding(1000, 16))
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            x = self.layer(self.table(tokens))
+            return torch.softmax(x @ x.transpose(1, 2) + self.mask, -1)
+
+    model = Masked()
+    check(compiled(model), model, torch.randint(1000, (2, 256)))
+    assert not list(seen.graphs[0].buffers()) and seen.compilations == 1
+
+
 def error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).abs().max() / expected.abs().max())
 

@@ -1,6 +1,7 @@
 """lower_sparse_linear: which products are lowered, with what, and which must not be."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -226,6 +227,34 @@ def test_products_in_half_precision_pay_for_their_casts(monkeypatch: pytest.Monk
     left_alone(Captured(model.bfloat16(), X.bfloat16()), "less than calling it costs")
     torch._dynamo.reset()
     assert Captured(model.float(), X).apply(lower_sparse_linear) == 1
+
+
+def test_products_of_one_input_share_its_cast() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = torch.cos(x)  # neither an input nor a result of theirs
+        return m.a(y) + m.b(y) * m.c(y)
+
+    model = prune(Function(forward, **{name: nn.Linear(64, 96) for name in "abc"})).bfloat16()
+    graph = Captured(model, X.bfloat16())
+    assert graph.apply(lower_sparse_linear) == 3
+    assert len({node.args[0] for node in graph.nodes(SPARSE_LINEAR)}) == 1
+
+
+def test_sums_between_products_end_their_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sparse products add no tensors: ``b`` is called by itself, where ``a`` is not added to anything it is not."""
+
+    def forward(m: Any, x: Tensor, *, is_sum: bool) -> Tensor:
+        y = m.a(x)
+        return m.b(y + x if is_sum else y)
+
+    layers = {name: nn.Linear(64, 64) for name in "ab"}
+    gained = Captured(prune(nn.Linear(64, 64)), X)
+    gained.apply(lower_sparse_linear)
+    monkeypatch.setattr("autosparse_fx.kernels.choice.PROGRAM", 1.5 * gained.choices()[0].saved)
+    for is_sum, count in ((True, 0), (False, 2)):
+        torch._dynamo.reset()
+        graph = Captured(prune(Function(partial(forward, is_sum=is_sum), **layers)), X)
+        assert graph.apply(lower_sparse_linear) == count
 
 
 # What is not.
