@@ -1,5 +1,6 @@
 """What every test runs under: a fixed seed, a fresh Dynamo, and Inductor without its graph caches."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,16 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def objects_of_other_modules_are_set_aside() -> Iterator[None]:
+    """What torch, its libraries and other tests leave behind is neither collected nor searched again and again."""
+    gc.collect()
+    gc.freeze()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "get_freeze_count", lambda: 0)  # or this package looks among them
+        yield
 
 
 @pytest.fixture(autouse=True)
