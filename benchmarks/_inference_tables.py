@@ -38,11 +38,27 @@ def summarized(result: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def median_run(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The run in which `autosparse` was as fast as in the median one, with the speed-ups in all of them."""
+    ordered = sorted(results, key=lambda result: speedup(result, "autosparse", BASELINE) or 0.0)
+    names = [name for name in SYSTEMS if any("seconds" in r["systems"].get(name, {}) for r in results)]
+    of_runs = {name: [found for r in results if (found := speedup(r, name, BASELINE))] for name in names}
+    return ordered[(len(results) - 1) // 2] | {"speedups_of_runs": of_runs}
+
+
+def median_speedup(result: Result, name: str) -> float | None:
+    """Over the baseline: of several runs the median."""
+    of_runs = result.get("speedups_of_runs", {}).get(name)
+    return statistics.median(of_runs) if of_runs else speedup(result, name, BASELINE)
+
+
 def lines(result: Result) -> Iterable[str]:
     """One line per system that ran."""
     for name, system in result["systems"].items():
         if "seconds" in system:
             ratio = f"{system['speedup']:.2f}x" if system["speedup"] else ""
+            if len(of_runs := result["speedups_of_runs"][name]) > 1:
+                ratio += f", median of runs {median_speedup(result, name):.2f}x ({min(of_runs):.2f}-{max(of_runs):.2f})"
             idle = max(system["idle_cpu_seconds"])
             spread = f"{system['p10_ms']:.2f}-{system['p90_ms']:.2f}"
             yield f"{name:16} {system['median_ms']:9.2f} ms ({spread}) {ratio}" + (
@@ -114,7 +130,7 @@ def print_tables(results: list[dict[str, Any]]) -> None:
         print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
         for row in rows:
             baseline = row["systems"].get(BASELINE, {}).get("median_ms")
-            cells = [f"{row['sparsity']:g}", _times(baseline), *(_times(speedup(row, n, BASELINE)) for n in shown)]
+            cells = [f"{row['sparsity']:g}", _times(baseline), *(_times(median_speedup(row, n)) for n in shown)]
             cells += [_times(speedup(row, "autosparse", name)) for name in over]
             print(f"| {' | '.join([*cells, _faster_at_low_precision(row), _latency(row)])} |")
         print(f"\n{_versions(rows)}")

@@ -12,6 +12,9 @@ ratios within the rounds. The latency between two cores is logged with every rou
 interleaving does not cancel that: it slows code that shares data between threads, and not code that does not. So is the
 CPU time that a waiting process used, which should be about 0.
 
+With `--runs 5` all of that is done five times, in new processes. What is stored is the run whose speed-up of
+`autosparse` is the median, with the speed-ups of all runs; the tables show their medians.
+
 Every output is compared with what eager PyTorch computes in float32. More than 1e-5 (largest error over largest output)
 by `autosparse` makes the script fail.
 
@@ -51,7 +54,7 @@ from _inference_masks import DISTRIBUTIONS, NotAvailable, layer_sparsities
 from _inference_models import BUILDERS, build_sparse, example_input, export_onnx, maskable
 from _inference_process import SystemProcess
 from _inference_systems import SYSTEMS
-from _inference_tables import BASELINE, summarized
+from _inference_tables import BASELINE, median_run, summarized
 from train_step import cpu_name
 
 RESULTS = Path(__file__).resolve().parent / "results" / "inference"
@@ -193,7 +196,7 @@ def measure_all(args: argparse.Namespace) -> bool:
             print(f"{label}: skipped: {reason}")
             continue
         print(label, flush=True)
-        result = measure(case, args)
+        result = median_run([measure(case, args) for _ in range(args.runs)])
         path.write_text(json.dumps(result, indent=1) + "\n")
         for line in _inference_tables.lines(result):
             print(f"  {line}")
@@ -251,6 +254,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--systems", type=among(SYSTEMS), default=list(SYSTEMS), help=", ".join(SYSTEMS))
     parser.add_argument(
         "--peer-python", action="append", default=[], metavar="SYSTEM=PATH", help="the Python that has this system"
+    )
+    parser.add_argument(
+        "--runs", type=int, default=1, help="of everything, each in new processes (default: %(default)s)"
     )
     parser.add_argument("--rounds", type=int, default=9, help="(default: %(default)s)")
     parser.add_argument(
