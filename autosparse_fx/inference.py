@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from autosparse_fx._compat import aot_autograd, dynamo_graphs, inductor
-from autosparse_fx.kernels.choice import CHOICE, lacking
+from autosparse_fx.kernels.choice import CHOICE, DENSE_SCALE, lacking
+from autosparse_fx.kernels.choice_tuning import SCALES, tuned_scale
 from autosparse_fx.ownership import half_are_zeros
 from autosparse_fx.passes import INFERENCE_PASSES
 from autosparse_fx.passes.constants import constant, with_constants
@@ -73,6 +74,10 @@ def with_state_as_inputs(gm: GraphModule) -> tuple[GraphModule, dict[int, Tensor
         if dynamo_graphs.is_module_state(node) and (tensor := dynamo_graphs.placeholder_tensor(node)) is not None
     }
     return made, state | dict(enumerate(attributes, len(placeholders) - len(attributes)))
+
+
+def _holds_zeros(tensor: Tensor) -> bool:
+    return tensor.dim() >= 2 and 2 * int(tensor.count_nonzero()) <= tensor.numel()
 
 
 def _may_run_sparse(tensor: Tensor) -> bool:
@@ -161,21 +166,47 @@ class FrozenGraph:
             self._compiled = kept
         return dropped
 
-    def compile_for(self, tensors: Sequence[Tensor], rewrites: int = 0) -> bool:
-        """Compile for these weights as constants; return False where nothing about them is sparse."""
-        graph = with_constants(self._graph, dict(zip(self._state, tensors, strict=True)))
-        graph.meta[AUTOTUNE] = bool(self._patches.get("max_autotune"))
+    def compile_for(self, tensors: Sequence[Tensor], rewrites: int = 0, inputs: Sequence[Any] | None = None) -> bool:
+        """Compile for these weights as constants; return False where nothing about them is sparse.
+
+        What autotuning measures waits for the ``inputs`` of a call, without the weights.
+        """
         versions = _versions(tensors, _counted(tensors))
+        graph = self._with_weights(tensors)
+        is_tuned = bool(self._patches.get("max_autotune")) and any(map(_holds_zeros, graph.buffers()))
+        if is_tuned and inputs is not None:
+            scale = tuned_scale(graph, inputs, lambda: self._choices(tensors))
+            graph.meta.update({AUTOTUNE: True, DENSE_SCALE: scale})
         runs_sparse = _make_sparse(graph)
         if not runs_sparse and not half_are_zeros(_weights(graph)):
             return False
-        inputs = [self._example_inputs[number] for number in self._rest]
+        if not is_tuned or inputs is not None:
+            function = self._compile(graph, runs_sparse=runs_sparse)
+            self._keep(tensors, _Compiled(tensors, function, self._rest, versions=versions, rewrites=rewrites))
+        return True
+
+    def _with_weights(self, tensors: Sequence[Tensor]) -> GraphModule:
+        return with_constants(self._graph, dict(zip(self._state, tensors, strict=True)))
+
+    def _choices(self, tensors: Sequence[Tensor]) -> dict[float, Callable[..., Any]]:
+        """The graph compiled with all choices of sparse layers that autotuning compares, by what makes them."""
+        functions: dict[tuple[str, ...], tuple[float, Callable[..., Any]]] = {}
+        for scale in SCALES:
+            graph = self._with_weights(tensors)
+            graph.meta[DENSE_SCALE] = scale
+            runs_sparse = _make_sparse(graph)
+            dense = tuple(node.name for node in graph.graph.nodes if CHOICE in node.meta)
+            if dense not in functions:
+                with aot_autograd.tracing_again(self._example_inputs):
+                    functions[dense] = scale, self._compile(graph, runs_sparse=runs_sparse)
+        return dict(functions.values())
+
+    def _compile(self, graph: GraphModule, *, runs_sparse: bool) -> Callable[..., Any]:
         patches = {"freezing": True, **self._patches}
         if runs_sparse:
             patches.setdefault("layout_optimization", False)
-        function = inductor.compile_with_inductor(graph, inputs, patches)
-        self._keep(tensors, _Compiled(tensors, function, self._rest, versions=versions, rewrites=rewrites))
-        return True
+        inputs = [self._example_inputs[number] for number in self._rest]
+        return inductor.compile_with_inductor(graph, inputs, patches)
 
     def _keep(self, tensors: Sequence[Tensor], compiled: _Compiled) -> None:
         others = [c for c in self._compiled if not c.is_dead and not c.is_for(tensors)]
@@ -188,16 +219,16 @@ class FrozenGraph:
                 return compiled.function(*[args[number] for number in compiled.arguments])
         with self._lock:
             if not any(compiled.fits(tensors) for compiled in self._compiled):  # by another thread
-                self._adapt_to(tensors)
+                self._adapt_to(tensors, [args[number] for number in self._rest])
         return self(*args)
 
-    def _adapt_to(self, tensors: Sequence[Tensor]) -> None:
+    def _adapt_to(self, tensors: Sequence[Tensor], inputs: Sequence[Any]) -> None:
         """Compile for weights that are new, or were written to; in the end, for weights that keep changing."""
         rewrites = next((c.rewrites + 1 for c in self._compiled if c.is_for(tensors)), 0)
         with torch.no_grad(), aot_autograd.tracing_again(self._example_inputs):
             if rewrites > MOST_REWRITES:
                 log.warning("weights were written to %d times between calls: dense kernels from now on", MOST_REWRITES)
-            elif self.compile_for(tensors, rewrites):
+            elif self.compile_for(tensors, rewrites, inputs):
                 return
             if self._dense is None:
                 graph = dynamo_graphs.copy_graph_module(self._graph)

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from autosparse_fx._compat.dynamo_graphs import size_hint
 from autosparse_fx.kernels import choice, ops  # noqa: F401  (the operators must exist)
-from autosparse_fx.kernels.choice import CHOICE, Choice, choose, lacking
+from autosparse_fx.kernels.choice import CHOICE, DENSE_SCALE, Choice, choose, lacking
 from autosparse_fx.kernels.library import library
 from autosparse_fx.passes.casts import drop_casts_between, narrowed, widened
 from autosparse_fx.passes.constants import constant, new_constant, remove_unused_constants
@@ -26,7 +26,7 @@ def lower_sparse_conv(gm: GraphModule) -> int:
     """Lower every convolution that gains, and those between them that lose little by it."""
     convolutions = gm.graph.find_nodes(op="call_function", target=aten.convolution.default)
     for node in convolutions:
-        node.meta[CHOICE] = _choice(node)
+        node.meta[CHOICE] = _choice(node, gm.meta.get(DENSE_SCALE, 1.0))
     if sparse_ones(convolutions) and library().machine.runs_code:
         take_close_ones(convolutions)
     sparse = set(sparse_ones(convolutions))
@@ -45,7 +45,7 @@ def lower_sparse_conv(gm: GraphModule) -> int:
     return len(chosen)
 
 
-def _choice(node: Node) -> Choice:
+def _choice(node: Node, scale: float) -> Choice:
     reason = _unsupported(node)
     if reason:
         return Choice(False, reason, False)
@@ -62,6 +62,7 @@ def _choice(node: Node) -> Choice:
         units=size_hint(node.meta["val"].shape[0]),
         is_plain=weight[0, 0].numel() == 1 and set(node.args[3]) == {1} and set(node.args[4]) == {0},  # type: ignore[arg-type]
         dtype=node.meta["val"].dtype,
+        scale=scale,
     )
 
 

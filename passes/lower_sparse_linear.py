@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Node
 
 from autosparse_fx._compat.dynamo_graphs import size_hint
 from autosparse_fx.kernels import choice, ops  # noqa: F401  (the operators must exist)
-from autosparse_fx.kernels.choice import CHOICE, Choice, choose, lacking
+from autosparse_fx.kernels.choice import CHOICE, DENSE_SCALE, Choice, choose, lacking
 from autosparse_fx.passes.casts import drop_casts_between, is_own_cast, narrowed, widened
 from autosparse_fx.passes.constants import constant, new_constant, remove_unused_constants
 from autosparse_fx.passes.epilogues import VIEWS, activation_of, only_user
@@ -23,7 +23,7 @@ COLUMNS = 128  # a chunk of tokens
 def lower_sparse_linear(gm: GraphModule) -> int:
     """Lower every such product, whatever the rows of its input are regrouped to before and behind it."""
     products = [node for node in gm.graph.nodes if node.target in _PRODUCTS]
-    operands = {node: _operands(node) for node in products}
+    operands = {node: _operands(node, gm.meta.get(DENSE_SCALE, 1.0)) for node in products}
     for node, (its_choice, _, _) in operands.items():
         node.meta[CHOICE] = its_choice
     drop_groups_that_lose(products, lambda dtype: 0 if dtype == torch.float32 else choice.CAST, sums=False)
@@ -40,7 +40,7 @@ def lower_sparse_linear(gm: GraphModule) -> int:
     return len(chosen)
 
 
-def _operands(node: Node) -> tuple[Choice, Tensor | None, Tensor | None]:
+def _operands(node: Node, scale: float) -> tuple[Choice, Tensor | None, Tensor | None]:
     """The choice, the weight ``[rows, channels]`` and the bias ``[rows]`` of a product."""
     bias = None
     if node.target is aten.addmm.default:
@@ -69,6 +69,7 @@ def _operands(node: Node) -> tuple[Choice, Tensor | None, Tensor | None]:
         units=units,
         is_plain=True,
         dtype=matrix.dtype,
+        scale=scale,
     )
     return found, weight, bias
 

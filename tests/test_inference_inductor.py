@@ -14,6 +14,7 @@ from kernels.graphs import Function
 from kernels.models import MODELS, check, inputs_of, made, small_layers_pay
 
 from autosparse_fx import AutoSparse, finalize, sparsify
+from autosparse_fx._compat import inductor
 from autosparse_fx.kernels.library import KernelLibrary
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec:FutureWarning")
@@ -41,6 +42,19 @@ def test_models(name: str, programs: list[int]) -> None:
     first, second = check(fast, model, x), check(fast, model, x)
     assert torch.equal(first, second)
     assert programs and len(programs) % 2 == 0
+
+
+def test_autotuned(
+    programs: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(inductor, "inductor_cache_dir", lambda: tmp_path)
+    model, x = made("mlp"), inputs_of("mlp")
+    fast = torch.compile(model, backend="autosparse", mode="max-autotune")
+    with caplog.at_level("INFO", "autosparse_fx"):
+        first, second = check(fast, model, x), check(fast, model, x)
+    assert torch.equal(first, second)
+    assert "ms with 1, " in caplog.text and "ms with 0" in caplog.text
+    assert len(list(tmp_path.glob("autosparse_fx/choices/*.json"))) == 1
 
 
 def test_weights_that_are_written_to(programs: list[int]) -> None:

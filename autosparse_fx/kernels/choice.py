@@ -29,6 +29,7 @@ WORTHWHILE = 64 * 1024  # multiply-adds of the dense layer, below which nothing 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of layers that can run sparse, in float32
 CHOICE = "autosparse_choice"  # where the node of a convolution or product keeps whether it runs sparse
+DENSE_SCALE = "autosparse_dense_scale"  # where a graph keeps how slow dense kernels are, relative to the estimate
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ def choose(
     units: int = 1,
     is_plain: bool,
     dtype: torch.dtype = torch.float32,
+    scale: float = 1.0,
 ) -> Choice:
     """Choose for one layer, of one image or of one chunk of tokens.
 
@@ -78,11 +80,14 @@ def choose(
         units: images, or chunks of tokens.
         is_plain: a linear layer, or a 1x1 convolution without stride and padding.
         dtype: of the layer; the sparse kernel computes in float32 whatever it is.
+        scale: how slow dense kernels are, relative to what is estimated here.
     """
     if rows * depth * columns < WORTHWHILE:
         return Choice(False, "too small to gain anything")
+    if scale == 0:
+        return Choice(False, "the graph was measured to be faster on dense kernels")
     vectors = columns / LANES * max(units, 1)
-    dense = rows * depth * DENSE * relative_time(dtype) + rows + CALL / vectors
+    dense = scale * (rows * depth * DENSE * relative_time(dtype) + rows + CALL / vectors)
     whole_vectors = LANES * -(-columns // LANES) / columns
 
     def cost(plain: float, window: float) -> float:

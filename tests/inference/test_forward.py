@@ -1,7 +1,6 @@
 """Sparse inference and what forward may take, do and return."""
 
 import copy
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +10,6 @@ import torch.nn.functional as F
 from kernels.graphs import Function, prune
 from kernels.models import MODELS, Seen, assert_same, check, compiled, dense, inputs_of, made
 from torch import Tensor, nn
-
-from autosparse_fx.kernels.steps import Layout
-from autosparse_fx.kernels.tuning import Task
 
 X = torch.randn(2, 16, 12, 14, generator=torch.Generator().manual_seed(0))
 
@@ -209,20 +205,3 @@ def test_weights_made_in_inference_mode(seen: Seen) -> None:
         expected = model.double()(X.double())
         model.float()
         assert_same(fast(X), expected)
-
-
-@pytest.mark.parametrize("name", ["stack", "mlp"])
-@pytest.mark.parametrize("asked", [{"mode": "max-autotune"}, {"options": {"max_autotune": True}}, {}])
-def test_programs_are_tuned_where_autotuning_is_asked_for(
-    name: str, asked: dict[str, Any], seen: Seen, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tuned: list[Task] = []
-
-    def layouts(task: Task, kernels: object) -> list[Layout]:
-        tuned.append(task)
-        return [Layout(False, 4, 0.5)] * len(task.steps)
-
-    monkeypatch.setattr(sys.modules["autosparse_fx.passes.fuse_sparse_programs"], "tuned_layouts", layouts)
-    model = made(name)
-    check(compiled(model, **asked), model, inputs_of(name))
-    assert len(tuned) == (seen.programs if asked else 0)

@@ -1,0 +1,76 @@
+"""Autotuning which layers run sparse: whole compiled graphs are timed, and the fastest is taken.
+
+What a layer gains by itself says little of what it gains among others, whose caches it meets and whose layout it
+shares. So the estimate of ``choice.py`` stays, but for one number: how slow dense kernels are, relative to what it
+takes them for. With 0 no layer runs sparse, with more than 1 more layers do.
+
+What was found is remembered (see ``store.py``).
+"""
+
+import hashlib
+import logging
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from autosparse_fx.kernels.library import kernel_source
+from autosparse_fx.kernels.store import remembered
+
+log = logging.getLogger(__name__)
+
+SCALES = (1.0, 0.0, 0.6, 1.6)  # of the estimate for dense kernels; the first is taken unless another is clearly faster
+ROUNDS, SECONDS = 5, 0.05  # of each graph, and what a round takes of it at least
+CLEARLY = 0.97  # of the time of the first
+
+
+def tuned_scale(
+    graph: GraphModule, inputs: Sequence[Any], compiled: Callable[[], Mapping[float, Callable[..., Any]]]
+) -> float:
+    """Return the scale whose graph is fastest on this machine.
+
+    Args:
+        graph: with its weights as constants, before any pass.
+        inputs: of a call, without the weights.
+        compiled: compiles the graph for each scale that makes a difference.
+    """
+    return float(remembered("choices", _key(graph, inputs), lambda: _fastest(compiled(), inputs)))
+
+
+@torch.no_grad()
+def _fastest(functions: Mapping[float, Callable[..., Any]], inputs: Sequence[Any]) -> float:
+    times: dict[float, list[float]] = {scale: [] for scale in functions}
+    with torch.random.fork_rng(devices=()):
+        for _ in range(ROUNDS if len(functions) > 1 else 1):
+            for scale, function in functions.items():
+                times[scale].append(_seconds(function, inputs))
+    medians = {scale: statistics.median(found) for scale, found in times.items()}
+    log.info("a graph takes %s", ", ".join(f"{1000 * t:.3f} ms with {scale:g}" for scale, t in medians.items()))
+    first, best = next(iter(medians)), min(medians, key=medians.__getitem__)
+    return best if medians[best] < CLEARLY * medians[first] else first
+
+
+def _seconds(function: Callable[..., Any], inputs: Sequence[Any]) -> float:
+    """The median of several calls, after one that warms the caches."""
+    function(*inputs)
+    taken: list[float] = []
+    while len(taken) < 3 or sum(taken) < SECONDS:
+        start = time.perf_counter()
+        function(*inputs)
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def _key(graph: GraphModule, inputs: Sequence[Any]) -> bytes:
+    """What the fastest choice depends on, besides the machine: how many weights are zero, and not which."""
+    kinds = [(v.dtype, v.shape, v.stride()) if isinstance(v, Tensor) else v for v in inputs]
+    found = hashlib.sha256(kernel_source().encode() + repr((torch.__version__, SCALES, kinds)).encode())
+    found.update(str(graph.graph).encode())
+    for value in graph.buffers():
+        zeros = 1 - value.count_nonzero() / max(1, value.numel())
+        found.update(repr((value.dtype, tuple(value.shape), f"{zeros:.2f}")).encode())
+    return found.digest()
