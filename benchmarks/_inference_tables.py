@@ -75,6 +75,13 @@ def _times(value: float | None) -> str:
     return f"{value:.2f}" if value else "-"
 
 
+def _over_baseline(result: Result, name: str) -> str:
+    """The speed-up; of several runs the median, with the lowest and the highest."""
+    of_runs = result.get("speedups_of_runs", {}).get(name, [])
+    found = _times(median_speedup(result, name))
+    return f"{found} ({min(of_runs):.2f}-{max(of_runs):.2f})" if len(of_runs) > 1 else found
+
+
 def _faster_at_low_precision(result: Result) -> str:
     """The dense bfloat16 systems that are faster than sparse float32, and by how much."""
     dense = [name for name, system in SYSTEMS.items() if system.low_precision and name != "autosparse-bf16"]
@@ -130,7 +137,7 @@ def print_tables(results: list[dict[str, Any]]) -> None:
         print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
         for row in rows:
             baseline = row["systems"].get(BASELINE, {}).get("median_ms")
-            cells = [f"{row['sparsity']:g}", _times(baseline), *(_times(median_speedup(row, n)) for n in shown)]
+            cells = [f"{row['sparsity']:g}", _times(baseline), *(_over_baseline(row, n) for n in shown)]
             cells += [_times(speedup(row, "autosparse", name)) for name in over]
             print(f"| {' | '.join([*cells, _faster_at_low_precision(row), _latency(row)])} |")
         print(f"\n{_versions(rows)}")
