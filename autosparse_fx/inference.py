@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from autosparse_fx.kernels.choice import CHOICE, DENSE_SCALE, lacking
 from autosparse_fx.kernels.choice_tuning import SCALES, tuned_scale
 from autosparse_fx.ownership import half_are_zeros
 from autosparse_fx.passes import INFERENCE_PASSES
-from autosparse_fx.passes.constants import constant, with_constants
+from autosparse_fx.passes.constants import with_constants
 from autosparse_fx.passes.fuse_sparse_programs import AUTOTUNE, RUN_PROGRAM
 from autosparse_fx.pipeline import run_passes
 
@@ -76,12 +76,17 @@ def with_state_as_inputs(gm: GraphModule) -> tuple[GraphModule, dict[int, Tensor
     return made, state | dict(enumerate(attributes, len(placeholders) - len(attributes)))
 
 
-def _holds_zeros(tensor: Tensor) -> bool:
-    return tensor.dim() >= 2 and 2 * int(tensor.count_nonzero()) <= tensor.numel()
-
-
 def _may_run_sparse(tensor: Tensor) -> bool:
     return tensor.dim() >= 2 and not lacking(tensor)
+
+
+def _holds_zeros(tensor: Tensor) -> bool:
+    return _may_run_sparse(tensor) and 2 * int(tensor.count_nonzero()) <= tensor.numel()
+
+
+def _is_weight(tensor: Tensor) -> bool:
+    """Whether zeros in it may come of pruning: the masks and filters that models keep in buffers are full of them."""
+    return isinstance(tensor, nn.Parameter) and _may_run_sparse(tensor)
 
 
 class _Compiled:
@@ -153,6 +158,7 @@ class FrozenGraph:
         self._example_inputs = list(example_inputs)
         self._state = list(state)
         self._rest = [number for number in range(len(example_inputs)) if number not in set(state)]
+        self._is_static = all(map(dynamo_graphs.is_static, example_inputs))
         self._compiled: list[_Compiled] = []
         self._dense: Callable[..., Any] | None = None  # the graph as it is, which reads its weights at every call
         self._lock = threading.RLock()
@@ -162,25 +168,31 @@ class FrozenGraph:
         """Drop what was compiled for any of these tensors, by id; return how many that were."""
         with self._lock:
             kept = [c for c in self._compiled if not c.is_for_any(tensors)]
-            dropped = len(self._compiled) - len(kept)
+            dropped = sum(not c.is_dead for c in self._compiled) - sum(not c.is_dead for c in kept)
             self._compiled = kept
         return dropped
 
     def compile_for(self, tensors: Sequence[Tensor], rewrites: int = 0, inputs: Sequence[Any] | None = None) -> bool:
         """Compile for these weights as constants; return False where nothing about them is sparse.
 
-        What autotuning measures waits for the ``inputs`` of a call, without the weights.
+        Which layers autotuning takes is measured with the ``inputs`` of a call, without the weights, for which it
+        waits; not where sizes are dynamic, whose guards are made only until then.
         """
         versions = _versions(tensors, _counted(tensors))
         graph = self._with_weights(tensors)
-        is_tuned = bool(self._patches.get("max_autotune")) and any(map(_holds_zeros, graph.buffers()))
-        if is_tuned and inputs is not None:
-            scale = tuned_scale(graph, inputs, lambda: self._choices(tensors))
-            graph.meta.update({AUTOTUNE: True, DENSE_SCALE: scale})
+        is_tuned = bool(self._patches.get("max_autotune")) and any(map(_holds_zeros, tensors))
+        waits = is_tuned and self._is_static and inputs is None
+        is_worth_it = half_are_zeros(filter(_is_weight, tensors))
+        if is_tuned and self._is_static and inputs is not None:
+            with inductor.forgetting_what_is_compiled():
+                scale = tuned_scale(graph, inputs, self._patches, lambda: self._choices(tensors))
+            graph.meta[DENSE_SCALE] = scale
+            is_worth_it = True
+        graph.meta[AUTOTUNE] = is_tuned and not waits
         runs_sparse = _make_sparse(graph)
-        if not runs_sparse and not half_are_zeros(_weights(graph)):
+        if not runs_sparse and not is_worth_it:
             return False
-        if not is_tuned or inputs is not None:
+        if not waits:
             function = self._compile(graph, runs_sparse=runs_sparse)
             self._keep(tensors, _Compiled(tensors, function, self._rest, versions=versions, rewrites=rewrites))
         return True
@@ -260,14 +272,6 @@ def _make_sparse(graph: GraphModule) -> bool:
         *(len(programs), time.perf_counter() - start, _bytes_of(graph) / 1e6, dense_bytes / 1e6),
     )
     return True
-
-
-def _weights(graph: GraphModule) -> Iterator[Tensor]:
-    """The constants that layers multiply by, whether they might run sparse or not: no tables, no filters of inputs."""
-    for node in graph.graph.nodes:
-        if CHOICE in node.meta:
-            constants = map(constant, node.args)
-            yield from (value for value in constants if value is not None and value.dim() > 1)
 
 
 def _bytes_of(graph: GraphModule) -> int:

@@ -128,6 +128,12 @@ def is_fixed(size: torch.SymInt, example: int) -> bool:
     return any(e.free_symbols == {symbol} and not e.subs(symbol, 2 * example) for e in equations)
 
 
+def is_static(value: Any) -> bool:
+    """Whether an example input has no symbols, in its sizes or for itself. 2.11-2.15."""
+    sizes = (*value.shape, *value.stride()) if isinstance(value, Tensor) else (value,)
+    return not any(isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)) for size in sizes)
+
+
 def size_hint(size: int | torch.SymInt) -> int:
     """A size, or what a symbolic one was when its graph was captured; nothing is guarded. 2.11-2.15."""
     if isinstance(size, int):

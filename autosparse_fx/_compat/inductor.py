@@ -2,7 +2,8 @@
 
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,22 @@ def compile_with_inductor(
         warnings.filterwarnings("ignore", "Raw SymInt value", UserWarning)
         compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
     return compiled  # type: ignore[no-any-return]
+
+
+@contextmanager
+def forgetting_what_is_compiled() -> Iterator[None]:
+    """Within it Inductor keeps nothing that it compiles: the modules of its code, to which frozen weights are tied, are
+    gone with what was returned. 2.11-2.15; otherwise they stay as long as the process.
+    """
+    from torch._inductor.codecache import PyCodeCache
+
+    before = set(map(id, PyCodeCache.modules))
+    try:
+        yield
+    finally:
+        for module in [module for module in PyCodeCache.modules if id(module) not in before]:
+            PyCodeCache.modules.remove(module)
+            sys.modules.pop(module.__name__, None)
 
 
 def compile_cpp(source: str) -> Any:

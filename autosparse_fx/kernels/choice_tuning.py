@@ -12,13 +12,16 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from autosparse_fx.kernels.library import kernel_source
+from autosparse_fx import passes
+from autosparse_fx.kernels.choice import lacking
 from autosparse_fx.kernels.store import remembered
 
 log = logging.getLogger(__name__)
@@ -29,16 +32,20 @@ CLEARLY = 0.97  # of the time of the first
 
 
 def tuned_scale(
-    graph: GraphModule, inputs: Sequence[Any], compiled: Callable[[], Mapping[float, Callable[..., Any]]]
+    graph: GraphModule,
+    inputs: Sequence[Any],
+    options: Mapping[str, Any],
+    compiled: Callable[[], Mapping[float, Callable[..., Any]]],
 ) -> float:
     """Return the scale whose graph is fastest on this machine.
 
     Args:
         graph: with its weights as constants, before any pass.
         inputs: of a call, without the weights.
+        options: of Inductor.
         compiled: compiles the graph for each scale that makes a difference.
     """
-    return float(remembered("choices", _key(graph, inputs), lambda: _fastest(compiled(), inputs)))
+    return float(remembered("choices", _key(graph, inputs, options), lambda: _fastest(compiled(), inputs)))
 
 
 @torch.no_grad()
@@ -65,12 +72,20 @@ def _seconds(function: Callable[..., Any], inputs: Sequence[Any]) -> float:
     return statistics.median(taken)
 
 
-def _key(graph: GraphModule, inputs: Sequence[Any]) -> bytes:
+def _key(graph: GraphModule, inputs: Sequence[Any], options: Mapping[str, Any]) -> bytes:
     """What the fastest choice depends on, besides the machine: how many weights are zero, and not which."""
     kinds = [(v.dtype, v.shape, v.stride()) if isinstance(v, Tensor) else v for v in inputs]
-    found = hashlib.sha256(kernel_source().encode() + repr((torch.__version__, SCALES, kinds)).encode())
+    found = hashlib.sha256(_sources())
+    found.update(repr((torch.__version__, SCALES, kinds, sorted(map(repr, options.items())))).encode())
     found.update(str(graph.graph).encode())
     for value in graph.buffers():
-        zeros = 1 - value.count_nonzero() / max(1, value.numel())
-        found.update(repr((value.dtype, tuple(value.shape), f"{zeros:.2f}")).encode())
+        zeros = "" if lacking(value) else f"{1 - value.count_nonzero() / max(1, value.numel()):.2f}"
+        found.update(repr((value.dtype, tuple(value.shape), zeros)).encode())
     return found.digest()
+
+
+@cache
+def _sources() -> bytes:
+    """The code that estimates, lays out and compiles: what another version of it measured says nothing of this one."""
+    folders = (Path(__file__).parent, Path(passes.__file__).parent)
+    return b"".join(path.read_bytes() for folder in folders for path in sorted(folder.glob("*.[pch]*")))

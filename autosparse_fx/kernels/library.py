@@ -17,7 +17,7 @@ HOME = 32  # where in a program its address stands, in bytes
 SOURCE = Path(__file__).with_name("sparse_program.cpp")
 
 
-def kernel_source() -> str:
+def _source() -> str:
     """The C++ in one piece, with each of its own headers where it is included first."""
     seen: set[str] = set()
 
@@ -39,7 +39,7 @@ class KernelLibrary:
 
     def __init__(self) -> None:
         self._homes: dict[bytes, Tensor] = {}
-        self.source = kernel_source()
+        self.source = _source()
         self._functions = inductor.compile_cpp(self.source)
         self._run = self._functions.run_sparse_program
         self._run.restype = ctypes.c_bool

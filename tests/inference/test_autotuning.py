@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from kernels.graphs import prune
 from kernels.models import Seen, assert_same, check, compiled, inputs_of, made
+from torch import nn
 
 from autosparse_fx import inference
 from autosparse_fx._compat import inductor
@@ -92,6 +94,38 @@ def test_layers_run_sparse_where_the_whole_graph_is_faster_so(
     programs = seen.programs
     check(fast, model, x)
     assert seen.programs > programs
+
+
+def test_dense_graph_that_was_faster_is_the_one_that_runs(
+    seen: Seen, compared: list[list[float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its weights as constants, although less than half of them are zero."""
+    monkeypatch.setattr(inference, "SCALES", (1.0, 0.0))
+    model = nn.Sequential(prune(nn.Linear(64, 64)), nn.Linear(64, 256))
+    check(compiled(model, mode="max-autotune"), model, torch.randn(40, 64))
+    dense, kept = (len(list(graph.buffers())) for graph in seen.graphs[-2:])
+    assert compared and dense == kept == 4
+
+
+def test_dynamic_sizes_are_compiled_while_they_can_be_guarded(seen: Seen, compared: list[list[float]]) -> None:
+    model = made("mlp")
+    fast = compiled(model, mode="max-autotune", dynamic=True)
+    for batch in (2, 3):
+        check(fast, model, inputs_of("mlp", batch))
+    assert not compared and seen.compilations == 1 and seen.programs > 0
+
+
+def test_options_and_dtypes_that_count_no_zeros(seen: Seen, compared: list[list[float]]) -> None:
+    model = prune(nn.Linear(64, 64))
+    model.register_buffer("scale", torch.ones(64, 64).to(torch.float8_e4m3fn))
+    forward = compiled(lambda x: model(x) @ model.scale.float(), mode="max-autotune")
+    with torch.no_grad():
+        forward(torch.randn(40, 64))
+    for options in ({}, {"layout_optimization": True}, {}):
+        torch._dynamo.reset()
+        layer = prune(nn.Linear(64, 64))
+        check(compiled(layer, options={"max_autotune": True, **options}), layer, torch.randn(40, 64))
+    assert len(compared) == 3  # the last is remembered
 
 
 def test_nothing_is_compared_without_zeros_or_without_being_asked(seen: Seen, compared: list[list[float]]) -> None:

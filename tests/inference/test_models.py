@@ -137,7 +137,7 @@ def test_zeros_of_what_is_no_weight_make_no_model_sparse(seen: Seen) -> None:
             super().__init__()
             self.layer = nn.Linear(16, 16)
             self.register_buffer("mask", torch.full((256, 256), -1e9).triu(1))  # as attention adds them
-            self.table = prune(nn.Embedding(1000, 16))
+            self.table = nn.Embedding(1000, 16)
 
         def forward(self, tokens: Tensor) -> Tensor:
             x = self.layer(self.table(tokens))
@@ -146,6 +146,14 @@ def test_zeros_of_what_is_no_weight_make_no_model_sparse(seen: Seen) -> None:
     model = Masked()
     check(compiled(model), model, torch.randint(1000, (2, 256)))
     assert not list(seen.graphs[0].buffers()) and seen.compilations == 1
+
+
+def test_zeros_in_whole_channels_count_although_a_pass_removes_them(seen: Seen) -> None:
+    model = nn.Sequential(nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Conv2d(32, 16, 1))
+    with torch.no_grad():
+        model[0].weight[8:], model[0].bias[8:] = 0.0, 0.0
+    check(compiled(model), model, X)
+    assert [tuple(b.shape) for b in seen.graphs[0].buffers() if b.dim() > 1] == [(8, 16, 3, 3), (16, 8, 1, 1)]
 
 
 def error(found: Tensor, expected: Tensor) -> float:
