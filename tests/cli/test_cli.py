@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.cpp_extension  # on machines with CUDA and without a GPU it warns, once, on import
 from torch import nn
 
 from autosparse_fx import AutoSparse, finalize, sparsify, sparsity
