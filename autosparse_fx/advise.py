@@ -1,7 +1,5 @@
 """What sparsity would pay on this machine, layer by layer, before anything is trained."""
 
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 from autosparse_fx.kernels.layers import Layer, layers
 from autosparse_fx.kernels.library import library
 from autosparse_fx.kernels.program import Buffer, Step, Window, assemble
+from autosparse_fx.kernels.timing import median_seconds
 from autosparse_fx.tables import text_table
 
 SECONDS = 0.03  # for each kernel that is timed
@@ -169,10 +168,4 @@ def _time_sparse(layer: Layer, sparsity: float) -> float:
 
 
 def _milliseconds(function: Callable[[], Any]) -> float:
-    function()
-    times: list[float] = []
-    while len(times) < 3 or sum(times) < SECONDS:
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return 1000 * statistics.median(times)
+    return 1000 * median_seconds(function, SECONDS)

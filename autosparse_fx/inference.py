@@ -168,7 +168,7 @@ class FrozenGraph:
         """Drop what was compiled for any of these tensors, by id; return how many that were."""
         with self._lock:
             kept = [c for c in self._compiled if not c.is_for_any(tensors)]
-            dropped = sum(not c.is_dead for c in self._compiled) - sum(not c.is_dead for c in kept)
+            dropped = sum(not c.is_dead for c in self._compiled if c not in kept)
             self._compiled = kept
         return dropped
 
@@ -176,7 +176,7 @@ class FrozenGraph:
         """Compile for these weights as constants; return False where nothing about them is sparse.
 
         Which layers autotuning takes is measured with the ``inputs`` of a call, without the weights, for which it
-        waits; not where sizes are dynamic, whose guards are made only until then.
+        waits; not where sizes are dynamic, since Dynamo guards what is assumed of them only before the first call.
         """
         versions = _versions(tensors, _counted(tensors))
         graph = self._with_weights(tensors)

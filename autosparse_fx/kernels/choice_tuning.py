@@ -10,9 +10,8 @@ What was found is remembered (see ``store.py``).
 import hashlib
 import logging
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch.fx import GraphModule
 from autosparse_fx import passes
 from autosparse_fx.kernels.choice import lacking
 from autosparse_fx.kernels.store import remembered
+from autosparse_fx.kernels.timing import median_seconds
 
 log = logging.getLogger(__name__)
 
@@ -54,22 +54,11 @@ def _fastest(functions: Mapping[float, Callable[..., Any]], inputs: Sequence[Any
     with torch.random.fork_rng(devices=()):
         for _ in range(ROUNDS if len(functions) > 1 else 1):
             for scale, function in functions.items():
-                times[scale].append(_seconds(function, inputs))
+                times[scale].append(median_seconds(partial(function, *inputs), SECONDS))
     medians = {scale: statistics.median(found) for scale, found in times.items()}
     log.info("a graph takes %s", ", ".join(f"{1000 * t:.3f} ms with {scale:g}" for scale, t in medians.items()))
     first, best = next(iter(medians)), min(medians, key=medians.__getitem__)
     return best if medians[best] < CLEARLY * medians[first] else first
-
-
-def _seconds(function: Callable[..., Any], inputs: Sequence[Any]) -> float:
-    """The median of several calls, after one that warms the caches."""
-    function(*inputs)
-    taken: list[float] = []
-    while len(taken) < 3 or sum(taken) < SECONDS:
-        start = time.perf_counter()
-        function(*inputs)
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
 
 
 def _key(graph: GraphModule, inputs: Sequence[Any], options: Mapping[str, Any]) -> bytes:

@@ -15,7 +15,7 @@ from torch import nn
 
 from autosparse_fx import inference
 from autosparse_fx._compat import inductor
-from autosparse_fx.kernels import choice_tuning
+from autosparse_fx.kernels import choice_tuning, timing
 from autosparse_fx.kernels.steps import Layout
 from autosparse_fx.kernels.tuning import Task
 
@@ -148,5 +148,5 @@ def test_the_first_stays_unless_another_is_clearly_faster(
 
         return run
 
-    monkeypatch.setattr(choice_tuning, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     assert choice_tuning._fastest({1.0: taking(1.0), 0.0: taking(other)}, []) == expected

@@ -241,7 +241,7 @@ def test_products_of_one_input_share_its_cast() -> None:
 
 
 def test_sums_between_products_end_their_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sparse products add no tensors: ``b`` is called by itself, where ``a`` is not added to anything it is not."""
+    """Sparse products add no tensors, so behind a sum ``b`` is called by itself, which alone does not pay here."""
 
     def forward(m: Any, x: Tensor, *, is_sum: bool) -> Tensor:
         y = m.a(x)
