@@ -119,6 +119,11 @@ SYSTEMS = {
     "autosparse-bf16": System(
         lambda job: autosparse(job, bfloat16=True), ("torch", "autosparse-fx"), low_precision=True
     ),
+    "autosparse-bf16-tuned": System(
+        lambda job: autosparse(job, mode="max-autotune", bfloat16=True),
+        ("torch", "autosparse-fx"),
+        low_precision=True,
+    ),
     "inductor": System(inductor, ("torch",), required=True),
     "inductor-bf16": System(lambda job: inductor(job, bfloat16=True), ("torch",), low_precision=True),
     "onnxruntime": System(onnxruntime, ("onnxruntime",), reads_onnx=True),

@@ -84,7 +84,7 @@ def _over_baseline(result: Result, name: str) -> str:
 
 def _faster_at_low_precision(result: Result) -> str:
     """The dense bfloat16 systems that are faster than sparse float32, and by how much."""
-    dense = [name for name, system in SYSTEMS.items() if system.low_precision and name != "autosparse-bf16"]
+    dense = [name for name, system in SYSTEMS.items() if system.low_precision and not name.startswith("autosparse")]
     found = {name: speedup(result, name, "autosparse") for name in dense}
     ratios = {name: ratio for name, ratio in found.items() if ratio}
     if not ratios:

@@ -9,7 +9,7 @@ A step is forward, backward, optimizer, and for the sparse variants annealing. S
 variants alternate in one process (A B C A B C), so that whatever else the machine does hits all of them, and a ratio is
 the median of the ratios within the rounds. Saved bytes are what autograd keeps between forward and backward,
 parameters, buffers and inputs not counted. Cold compile time is the first step with empty caches, warm the first step
-after a reset with full ones.
+after a reset with full ones; of several (``--compile-rounds``, in which the variants take turns too) the medians.
 """
 
 import argparse
@@ -174,8 +174,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, dict[str, Any]] = {}
     for name, variant in chosen.items():
         made[name] = Trained(variant, copy.deepcopy(model), x, y, args)
-        found[name] = {"compile": compile_seconds(made[name], warm=args.warm)}
-        print(f"{name}: first step {found[name]['compile'] or 'eager'}", flush=True)
+    compiled: dict[str, list[dict[str, float]]] = {name: [] for name in made}
+    for _ in range(args.compile_rounds):
+        torch._dynamo.reset()
+        for name, trained in made.items():
+            compiled[name].append(compile_seconds(trained, warm=args.warm))
+            print(f"{name}: first step {compiled[name][-1] or 'eager'}", flush=True)
+    for name, taken in compiled.items():
+        of_rounds = {key: [seconds[key] for seconds in taken] for key in taken[0]}
+        found[name] = {"compile": {key: statistics.median(values) for key, values in of_rounds.items()}}
+        found[name]["compile_of_rounds"] = of_rounds
     for name, trained in made.items():
         trained.step()
         found[name]["saved_bytes"] = trained.saved_bytes()
@@ -255,6 +263,7 @@ def main() -> None:
     parser.add_argument("--variant", action="append", help="only these (default: all that are installed)")
     parser.add_argument("--rounds", type=int, default=9, help="of every variant in turn (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=1, help="per variant and round (default: %(default)s)")
+    parser.add_argument("--compile-rounds", type=int, default=1, help="first steps of every variant in turn")
     parser.add_argument("--warm", action="store_true", help="measure compiling with full caches as well")
     parser.add_argument("--keep-heap", action="store_true", help="glibc: no page faults for what was freed before")
     parser.add_argument("--profile", action="store_true", help="say where the time of a step goes (CPU)")
