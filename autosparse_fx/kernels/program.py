@@ -13,9 +13,7 @@ from torch import Tensor
 from autosparse_fx.kernels.library import library
 from autosparse_fx.kernels.memory import find_chains, images_in_buffers, layout_of, local_buffers, place, tiled_buffers
 from autosparse_fx.kernels.step_writer import Blob, StepWriter
-from autosparse_fx.kernels.steps import BUFFER_KINDS, Buffer, Machine, Step, Window
-
-MOST_IMAGES = 4  # side by side
+from autosparse_fx.kernels.steps import BUFFER_KINDS, MOST_IMAGES, Buffer, Machine, Step, Window
 
 __all__ = ["Buffer", "Machine", "Program", "Step", "Window", "assemble"]
 
@@ -55,10 +53,14 @@ def assemble(
     header_size = 8 * 7
     blob.add(np.zeros(header_size, np.uint8))
     chunk = machine.most_vectors * machine.vector_length if is_tokens else 0
-    writers = [StepWriter(step, machine, chunk, is_shared=images < 1) for step in steps]
+    writers = [StepWriter(step, machine, chunk) for step in steps]
     side_by_side = 1 if is_tokens else max(1, min(images, MOST_IMAGES))
     joint_from = _joint_from(writers) if side_by_side > 1 else len(steps)
     writers[joint_from:] = [StepWriter(step, machine, images=side_by_side) for step in steps[joint_from:]]
+    # Where threads share the tiles of an image, there should be several.
+    narrow = {w.window.out_size for w in writers if images < 1 or not w.is_coded}
+    # Steps hand each other tiles in the cache only where those are equally wide.
+    writers = [w.narrowed() if w.is_coded and w.window.out_size in narrow else w for w in writers]
     tiled = tiled_buffers(writers, buffers)
     for writer in writers:
         if writer.mode == "plain" and writer.step.source in tiled:

@@ -8,13 +8,12 @@ from torch import Tensor
 
 from autosparse_fx.kernels.machine_code import MOST_ROWS, gains, group_code
 from autosparse_fx.kernels.packing import gathered, grid
-from autosparse_fx.kernels.steps import ACTIVATIONS, MODES, Machine, Step
+from autosparse_fx.kernels.steps import ACTIVATIONS, JOINT_COLUMNS, MODES, Machine, Step
 
 # For the packed channels of a tile. Taps of a grid are not aligned, which costs more from the second-level cache.
 CACHE_BYTES = {"grid": 32 * 1024} | dict.fromkeys(("plain", "direct", "gathered", "depthwise"), 64 * 1024)
 GATHER_ROWS = 96  # of a weight, from which packing a row per tap pays
 CODE_TILE = 16
-JOINT_COLUMNS = 64  # of an image, up to which several stand side by side
 CODE_ENTRIES = 1000  # of a group of rows in a block, so that its instructions stay in the cache
 _ALIGNMENT = 64
 
@@ -48,13 +47,13 @@ class StepWriter:
     Args:
         tokens: the most that are worked on at a time, or 0 for images.
         images: the most that are worked on side by side, or 0 where each is worked on by itself.
-        is_shared: threads share the tiles of an image, so that there should be several.
+        is_narrow: its tiles are no wider than those of steps without machine code.
     """
 
     def __init__(
-        self, step: Step, machine: Machine, tokens: int = 0, images: int = 0, *, is_shared: bool = False
+        self, step: Step, machine: Machine, tokens: int = 0, images: int = 0, *, is_narrow: bool = False
     ) -> None:
-        self.images = images
+        self.machine, self.tokens, self.images = machine, tokens, images
         self.step, self.window = step, step.window
         self.rows, self.group_channels, *kernel = step.weight.shape
         self.kernel = kernel[0], kernel[1]
@@ -69,7 +68,7 @@ class StepWriter:
         by_code = gains(self.density, self.depth, narrow) if layout.is_coded is None else layout.is_coded
         self.is_coded = machine.runs_code and by_code and self.mode != "depthwise"
         widest = CODE_TILE if self.is_coded and not tokens else machine.most_vectors
-        most = min(widest, layout.most_vectors or (machine.most_vectors if is_shared else widest))
+        most = min(widest, layout.most_vectors or (machine.most_vectors if is_narrow else widest))
         self.vectors = step.vectors or _tile_vectors(columns, machine, most)
         width = self.width = self.vectors * machine.vector_length
         if self.mode == "grid":
@@ -79,6 +78,10 @@ class StepWriter:
         wanted = step.block_channels or max(1, round(layout.block_share * self._default_block_channels()))
         # As few blocks as that allows, all of about the same size.
         self.block_channels = -(-self.group_channels // -(-self.group_channels // min(self.group_channels, wanted)))
+
+    def narrowed(self) -> "StepWriter":
+        """The same step with narrow tiles."""
+        return StepWriter(self.step, self.machine, self.tokens, self.images, is_narrow=True)
 
     @property
     def may_be_joint(self) -> bool:

@@ -8,6 +8,8 @@ from torch import Tensor
 MODES = {"plain": 0, "direct": 1, "grid": 2, "gathered": 2, "depthwise": 3}
 ACTIVATIONS = ("none", "relu", "clamp", "gelu", "gelu_tanh", "silu", "hardswish", "sigmoid")
 BUFFER_KINDS = ("arena", "input", "output")
+# Images of a thread that stand side by side in the tiles of the last steps, at most, and the columns of those that may.
+MOST_IMAGES, JOINT_COLUMNS = 4, 64
 
 
 @dataclass(frozen=True)

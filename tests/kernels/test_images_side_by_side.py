@@ -6,8 +6,8 @@ import pytest
 import torch
 from kernels.compare import Net, assert_close, machine, poison, random_net, run_guarded, threads
 
-from autosparse_fx.kernels.step_writer import JOINT_COLUMNS, StepWriter
-from autosparse_fx.kernels.steps import Layout
+from autosparse_fx.kernels.step_writer import StepWriter
+from autosparse_fx.kernels.steps import JOINT_COLUMNS, Layout
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +118,30 @@ def test_shared_images_have_tiles_to_share() -> None:
     net = Net()
     net.layer(net.input(256, 14), 256, layout=Layout(machine().runs_code))
     [step] = net.steps
-    assert StepWriter(step, machine(), is_shared=True).width < net.sizes[1][1][0] ** 2
+    assert StepWriter(step, machine(), is_narrow=True).width < net.sizes[1][1][0] ** 2
+
+
+@pytest.mark.parametrize("density", [0.0, 0.2])
+def test_tiles_are_equally_wide_where_any_step_is_no_machine_code(density: float) -> None:
+    """Steps on images of one size hand each other tiles, which are narrow unless all of them are machine code."""
+    if not machine().runs_code:
+        pytest.skip("patterns are no machine code here")
+
+    def data(*layouts: Layout) -> torch.Tensor:
+        torch.manual_seed(0)
+        net = Net()
+        x = net.input(256, 28)
+        for layout in layouts:
+            x = net.layer(x, 256, density=density, layout=layout)
+        x = net.layer(x, 256, 2, stride=2, density=density, layout=Layout(True))  # of another size
+        net.check([x], 2)
+        found = net.assemble([x]).data.clone()
+        found[32:40] = 0  # where it lies in memory
+        return found
+
+    coded, narrow, not_coded = Layout(True), Layout(True, machine().most_vectors), Layout(False)
+    assert torch.equal(data(coded, not_coded), data(narrow, not_coded))
+    assert not torch.equal(data(coded, coded), data(narrow, narrow))
 
 
 @pytest.mark.parametrize("stride", [2, 3, (1, 2)])
