@@ -27,8 +27,8 @@ def lower_sparse_conv(gm: GraphModule) -> int:
     convolutions = gm.graph.find_nodes(op="call_function", target=aten.convolution.default)
     for node in convolutions:
         node.meta[CHOICE] = _choice(node, gm.meta.get(DENSE_SCALE, 1.0))
-    if sparse_ones(convolutions) and library().machine.runs_code:
-        take_close_ones(convolutions)
+    if sparse_ones(convolutions):
+        take_close_ones(convolutions, runs_code=library().machine.runs_code)
     sparse = set(sparse_ones(convolutions))
     for node in convolutions:
         if _is_between(node, sparse):

@@ -17,13 +17,14 @@ from autosparse_fx.passes.epilogues import VIEWS, activation_of
 aten = torch.ops.aten
 
 
-def take_close_ones(layers: Sequence[Node]) -> None:
+def take_close_ones(layers: Sequence[Node], *, runs_code: bool) -> None:
     """Take in the layers about as fast on a sparse kernel that lie between such as gain, behind some and before others.
 
     Their tensors would be converted twice. None where all of them together cost half of what the others gain.
     """
     gain = sparse_ones(layers)
-    close = {node for node in layers if node.meta[CHOICE].is_close}.difference(gain)
+    choices = {node: node.meta[CHOICE] for node in layers}
+    close = {n for n, c in choices.items() if c.is_close and (runs_code or not c.needs_code)}.difference(gain)
     behind, before = set(gain), set(gain)
     for node in layers:  # in the order of the graph
         if node in close and not behind.isdisjoint(_sources(node)):

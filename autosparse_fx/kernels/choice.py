@@ -8,14 +8,37 @@ from torch import Tensor
 from autosparse_fx._compat import cpu
 from autosparse_fx.kernels.library import library
 from autosparse_fx.kernels.machine_code import gains
+from autosparse_fx.kernels.steps import JOINT_COLUMNS, MOST_IMAGES
 
-# Cycles per vector of output columns, as seen on machines with AVX-512: a multiply-add of a dense kernel that runs near
-# the peak; one of a sparse kernel, whose operand comes from a cache, in a 1x1 layer or another; taking a vector of the
-# input into the packed block; and giving one of the output back. autosparse_fx.advise measures instead.
-DENSE, SPARSE_PLAIN, SPARSE_WINDOW, PACK, STORE = 0.55, 0.9, 1.5, 2.0, 3.0
-CODE_PLAIN, CODE_WINDOW = 0.62, 0.8  # of a sparse kernel whose pattern is machine code
-CODE_LOAD = 0.03  # over the density: loading the vectors of the input, which rows share
 LANES, TILE = 16, 8  # columns are computed in vectors of this size, and tiles of so many
+
+
+@dataclass(frozen=True)
+class Cycles:
+    """What kernels take per vector of output columns. autosparse_fx.advise measures instead.
+
+    Attributes:
+        dense: a multiply-add of a dense kernel that runs near the peak.
+        plain, window: one of a sparse kernel, whose operand comes from a cache, in a 1x1 layer or another.
+        plain_code, window_code: the same, where the pattern is machine code.
+        load: of machine code, for each weight, zero or not: the vectors of the input, which rows share.
+        pack: taking a vector of the input into the packed block.
+        store: giving one of the output back.
+    """
+
+    dense: float
+    plain: float
+    window: float
+    plain_code: float
+    window_code: float
+    load: float
+    pack: float
+    store: float
+
+
+WHOLE = Cycles(0.55, 0.9, 1.5, 0.62, 0.8, 0.03, 2.0, 3.0)  # AVX-512, as seen on an Intel Xeon and AMD's Zen 5
+HALVED = Cycles(1.1, 1.7, 1.9, 1.0, 1.0, 0.08, 4.0, 6.0)  # AVX-512 in two halves, as seen on AMD's Zen 4
+SHORT = Cycles(1.1, 2.0, 2.3, 1.0, 1.0, 0.08, 4.0, 6.0)  # two vectors of AVX2, as seen on AMD's Zen 4
 # Products of bfloat16 take so much of the time of float32 ones where the processor multiplies matrices of them, or
 # vectors. Elsewhere, and in float16, dense kernels are slower than in float32.
 BF16_MATRICES, BF16_VECTORS = 0.22, 0.45
@@ -40,7 +63,8 @@ class Choice:
     reason: str
     is_supported: bool = True  # False where there is no sparse kernel, however many zeros there were
     saved: float = 0.0  # cycles of one thread that a call gains if it runs sparse, as estimated
-    is_close: bool = False  # machine code is about as fast as the dense kernel, or faster
+    is_close: bool = False  # the sparse kernel is about as fast as the dense one, or faster
+    needs_code: bool = False  # for that, or to be sparse, its pattern has to be machine code
 
 
 def lacking(*tensors: Tensor) -> str:
@@ -87,22 +111,28 @@ def choose(
     if scale == 0:
         return Choice(False, "the graph was measured to be faster on dense kernels")
     vectors = columns / LANES * max(units, 1)
-    dense = scale * (rows * depth * DENSE * relative_time(dtype) + rows + CALL / vectors)
-    whole_vectors = LANES * -(-columns // LANES) / columns
+    cycles = SHORT if not cpu.has_avx512() else HALVED if cpu.halves_avx512() else WHOLE
+    dense = scale * (rows * depth * cycles.dense * relative_time(dtype) + rows + CALL / vectors)
+    images = units // torch.get_num_threads() if columns <= JOINT_COLUMNS else 1
+    joint = columns * max(1, min(images, MOST_IMAGES))
+    whole_vectors = LANES * -(-joint // LANES) / joint
 
-    def cost(plain: float, window: float) -> float:
-        return (entries * (plain if is_plain else window) + channels * PACK + rows * STORE) * whole_vectors
-
-    sparse = cost(SPARSE_PLAIN, SPARSE_WINDOW)
+    around = channels * cycles.pack + rows * cycles.store
+    sparse = (entries * (cycles.plain if is_plain else cycles.window) + around) * whole_vectors
+    products = entries * (cycles.plain_code if is_plain else cycles.window_code)
+    coded = (products + rows * depth * cycles.load + around) * whole_vectors
     density = entries / (rows * depth)
-    load = CODE_LOAD / max(density, 1e-3)
-    coded = cost(CODE_PLAIN + load, CODE_WINDOW + load)
-    width = min(-(-columns // LANES), TILE)
+    width = min(-(-joint // LANES), TILE)
     # The library is compiled when it is first asked for, which takes a while: not for layers that stay dense anyway.
     may_be_coded = gains(density, depth, width)
     if coded < MARGIN * dense and may_be_coded and library().machine.runs_code:
         sparse = coded
-    gain = f"estimated {dense / sparse:.1f}x"
-    is_sparse, is_close = sparse < MARGIN * dense, coded < CLOSE * dense and may_be_coded
-    saved = (dense - (sparse if is_sparse else coded)) * vectors
-    return Choice(is_sparse, gain, saved=saved, is_close=is_close)
+    is_sparse, needs_code = sparse < MARGIN * dense, may_be_coded and coded < sparse
+    best = coded if needs_code and not is_sparse else sparse
+    return Choice(
+        is_sparse,
+        f"estimated {dense / best:.1f}x",
+        saved=(dense - best) * vectors,
+        is_close=best < CLOSE * dense,
+        needs_code=needs_code,
+    )

@@ -1,5 +1,7 @@
 """sparse_groups: which convolutions run sparse because of others, and which stay dense although they gain alone."""
 
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -88,6 +90,12 @@ def test_dense_layers_between_sparse_ones_go_with_them(dense: int) -> None:
     reasons = [node.meta[CHOICE].reason for node in graph.nodes(SPARSE_CONV)]
     assert reasons.count("between layers that run sparse") == dense
     assert sum(node.meta[CHOICE].saved for node in graph.nodes(SPARSE_CONV)) > 0
+
+
+def test_dense_layers_stay_where_patterns_are_no_machine_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    without = SimpleNamespace(machine=replace(library().machine, runs_code=False))
+    monkeypatch.setitem(lower_sparse_conv.__globals__, "library", lambda: without)
+    assert around(1).apply(lower_sparse_conv) == 2
 
 
 def test_dense_layers_that_no_sparse_one_follows_stay() -> None:
