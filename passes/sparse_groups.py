@@ -21,6 +21,10 @@ def take_close_ones(layers: Sequence[Node], *, runs_code: bool) -> None:
     """Take in the layers about as fast on a sparse kernel that lie between such as gain, behind some and before others.
 
     Their tensors would be converted twice. None where all of them together cost half of what the others gain.
+
+    Args:
+        layers: all of one kind, in the order of the graph.
+        runs_code: whether patterns can be machine code here.
     """
     gain = sparse_ones(layers)
     choices = {node: node.meta[CHOICE] for node in layers}
