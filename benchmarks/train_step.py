@@ -275,6 +275,8 @@ def main() -> None:
         for path in sorted(args.results.glob("*.json")):
             print_table(json.loads(path.read_text()))
         return
+    if args.compile_rounds < 1:
+        parser.error("--compile-rounds must be at least 1")
     args.batch_size = args.batch_size or BATCHES[args.model]
     if args.keep_heap:
         keep_heap()

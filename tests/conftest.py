@@ -76,10 +76,11 @@ def verified_graphs() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def small_graphs_run_sparse_too() -> Iterator[None]:
-    """Otherwise only layers run on sparse kernels that gain more than that costs, in half precision on few machines."""
+    """Otherwise only layers run on sparse kernels that gain more than that costs, which differs between machines."""
     with pytest.MonkeyPatch.context() as patch:  # of its own: the fixture would outlive others that tests patch with
         for cost in ("CALL", "PROGRAM", "CONVERT", "CAST"):
             patch.setattr(f"autosparse_fx.kernels.choice.{cost}", 0)
-        for feature in ("has_bf16_matrices", "has_bf16_vectors"):
+        for feature in ("has_bf16_matrices", "has_bf16_vectors", "halves_avx512"):
             patch.setattr(f"autosparse_fx._compat.cpu.{feature}", lambda: False)
+        patch.setattr("autosparse_fx._compat.cpu.has_avx512", lambda: True)
         yield

@@ -21,5 +21,5 @@ def has_avx512() -> bool:
 def halves_avx512() -> bool:
     """Whether the processor takes such vectors in two halves, as AMD's Zen 4 does."""
     has = torch.cpu.get_capabilities()
-    # Only AMD has SSE4a. Of its processors with AVX-512, those since Zen 5 intersect vectors.
-    return bool(has.get("sse4a")) and not has.get("avx512_vp2intersect")
+    # Only AMD has SSE4a. Of its processors with AVX-512, those since Zen 5 have the other two.
+    return bool(has.get("sse4a")) and not (has.get("avx512_vp2intersect") or has.get("avx_vnni"))

@@ -8,6 +8,7 @@ from torch import Tensor
 from autosparse_fx._compat import cpu
 from autosparse_fx.kernels.library import library
 from autosparse_fx.kernels.machine_code import gains
+from autosparse_fx.kernels.step_writer import GATHER_ROWS
 from autosparse_fx.kernels.steps import JOINT_COLUMNS, MOST_IMAGES
 
 LANES, TILE = 16, 8  # columns are computed in vectors of this size, and tiles of so many
@@ -64,7 +65,7 @@ class Choice:
     is_supported: bool = True  # False where there is no sparse kernel, however many zeros there were
     saved: float = 0.0  # cycles of one thread that a call gains if it runs sparse, as estimated
     is_close: bool = False  # the sparse kernel is about as fast as the dense one, or faster
-    needs_code: bool = False  # for that, or to be sparse, its pattern has to be machine code
+    needs_code: bool = False  # and would not be without machine code
 
 
 def lacking(*tensors: Tensor) -> str:
@@ -113,26 +114,26 @@ def choose(
     vectors = columns / LANES * max(units, 1)
     cycles = SHORT if not cpu.has_avx512() else HALVED if cpu.halves_avx512() else WHOLE
     dense = scale * (rows * depth * cycles.dense * relative_time(dtype) + rows + CALL / vectors)
-    images = units // torch.get_num_threads() if columns <= JOINT_COLUMNS else 1
+    may_be_joint = columns <= JOINT_COLUMNS and (rows >= GATHER_ROWS or depth == channels)
+    images = units // torch.get_num_threads() if may_be_joint else 1
     joint = columns * max(1, min(images, MOST_IMAGES))
-    whole_vectors = LANES * -(-joint // LANES) / joint
+    across = -(-joint // LANES)
+    whole_vectors = LANES * across / joint
 
     around = channels * cycles.pack + rows * cycles.store
-    sparse = (entries * (cycles.plain if is_plain else cycles.window) + around) * whole_vectors
+    plain = (entries * (cycles.plain if is_plain else cycles.window) + around) * whole_vectors
     products = entries * (cycles.plain_code if is_plain else cycles.window_code)
     coded = (products + rows * depth * cycles.load + around) * whole_vectors
-    density = entries / (rows * depth)
-    width = min(-(-joint // LANES), TILE)
-    # The library is compiled when it is first asked for, which takes a while: not for layers that stay dense anyway.
-    may_be_coded = gains(density, depth, width)
-    if coded < MARGIN * dense and may_be_coded and library().machine.runs_code:
-        sparse = coded
-    is_sparse, needs_code = sparse < MARGIN * dense, may_be_coded and coded < sparse
-    best = coded if needs_code and not is_sparse else sparse
+    has_zeros, width = entries < rows * depth, -(-across // -(-across // TILE))
+    by_code = cpu.has_avx512() and gains(entries / (rows * depth), depth, width)
+    if by_code and has_zeros and coded < MARGIN * dense:
+        # The library is compiled when it is first asked for, which takes a while: not for layers that stay dense.
+        by_code = library().machine.runs_code
+    sparse = coded if by_code else plain
     return Choice(
-        is_sparse,
-        f"estimated {dense / best:.1f}x",
-        saved=(dense - best) * vectors,
-        is_close=best < CLOSE * dense,
-        needs_code=needs_code,
+        has_zeros and sparse < MARGIN * dense,
+        f"estimated {dense / sparse:.1f}x",
+        saved=(dense - sparse) * vectors,
+        is_close=sparse < CLOSE * dense,
+        needs_code=by_code and plain >= CLOSE * dense,
     )

@@ -60,7 +60,7 @@ def assemble(
     # Where threads share the tiles of an image, there should be several.
     narrow = {w.window.out_size for w in writers if images < 1 or not w.is_coded}
     # Steps hand each other tiles in the cache only where those are equally wide.
-    writers = [w.narrowed() if w.is_coded and w.window.out_size in narrow else w for w in writers]
+    writers = [w.narrowed() if w.vectors > machine.most_vectors and w.window.out_size in narrow else w for w in writers]
     tiled = tiled_buffers(writers, buffers)
     for writer in writers:
         if writer.mode == "plain" and writer.step.source in tiled:

@@ -98,6 +98,20 @@ def test_dense_layers_stay_where_patterns_are_no_machine_code(monkeypatch: pytes
     assert around(1).apply(lower_sparse_conv) == 2
 
 
+def test_layers_with_few_zeros_go_with_them_without_machine_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    without = SimpleNamespace(machine=replace(library().machine, runs_code=False))
+    monkeypatch.setitem(lower_sparse_conv.__globals__, "library", lambda: without)
+    monkeypatch.setattr(choice, "library", lambda: without)
+    torch.manual_seed(0)
+    model = nn.Sequential(*(module for _ in range(3) for module in (conv(256, 256, 1, 0), nn.ReLU())))
+    for number, zeros in ((0, 0.9), (2, 0.5), (4, 0.9)):
+        weight = model[number].weight
+        weight.data[torch.rand_like(weight) < zeros] = 0
+    graph = Captured(model, torch.randn(2, 256, 20, 20))
+    assert graph.apply(lower_sparse_conv) == 3
+    assert [c.reason for c in graph.choices()].count("between layers that run sparse") == 1
+
+
 def test_dense_layers_that_no_sparse_one_follows_stay() -> None:
     assert around(2, is_open=True).apply(lower_sparse_conv) == 1
 
