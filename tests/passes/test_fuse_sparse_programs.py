@@ -93,8 +93,7 @@ def test_something_else_beside_a_row_does_not_make_a_cycle() -> None:
     assert count >= 2
 
 
-def test_dense_layer_between(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autosparse_fx.kernels.choice.CLOSE", 0.0)
+def test_dense_layer_between() -> None:
     model = nn.Sequential(conv(), nn.ReLU(), conv(), nn.ReLU(), conv())
     prune(model[0])
     prune(model[4])
