@@ -20,6 +20,11 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_collectstart() -> None:
+    """Models and inputs in parameters of tests are made on import, and torch starts from another seed each time."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
