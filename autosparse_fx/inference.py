@@ -5,6 +5,7 @@ version; others, or the same written to since, are compiled for anew.
 """
 
 import logging
+import operator
 import threading
 import time
 import weakref
@@ -28,6 +29,9 @@ from autosparse_fx.pipeline import run_passes
 log = logging.getLogger(__name__)
 
 _frozen: "weakref.WeakSet[FrozenGraph]" = weakref.WeakSet()
+# What is looked at of every weight at every call, without the interpreter's help: that shows where a model takes
+# milliseconds.
+_VERSION, _FIRST = operator.attrgetter("_version"), operator.itemgetter(0)
 MOST_REWRITES = 8  # of weights between calls, after which a graph goes back to kernels that read them at every call
 
 
@@ -113,14 +117,15 @@ class _Compiled:
         self._versions = versions
         self._counted = _counted(tensors)
         self._probes = [] if versions is None else _probes(tensors)
+        self._probed = list(map(_FIRST, self._probes))
         self._gone: list[object] = []
         # Their numbers are compared at every call, which takes less than looking at references; those only tell when a
         # number may have come to mean another tensor.
-        self._ids = [id(tensor) for tensor in tensors]
+        self._ids = list(map(id, tensors))
         self._refs = [weakref.ref(tensor, self._gone.append) for tensor in tensors]
 
     def is_for(self, tensors: Sequence[Tensor]) -> bool:
-        return not self._gone and self._ids == [id(tensor) for tensor in tensors]
+        return not self._gone and self._ids == list(map(id, tensors))
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
         if not self.is_for(tensors):
@@ -128,7 +133,7 @@ class _Compiled:
         if self._versions is None:
             return True
         is_same = self._versions == _versions(tensors, self._counted)
-        return is_same and all(view.item(0) == value for view, value in self._probes)
+        return is_same and self._probed == list(map(_FIRST, self._probes))
 
     def is_for_any(self, ids: set[int]) -> bool:
         return not ids.isdisjoint(self._ids)
@@ -145,7 +150,7 @@ def _counted(tensors: Sequence[Tensor]) -> list[int]:
 
 def _versions(tensors: Sequence[Tensor], counted: Sequence[int]) -> list[int]:
     """How often each of the tensors with these numbers was written to."""
-    return [tensors[number]._version for number in counted]
+    return list(map(_VERSION, map(tensors.__getitem__, counted)))
 
 
 class FrozenGraph:
@@ -225,10 +230,10 @@ class FrozenGraph:
         self._compiled = [compiled, *others]
 
     def __call__(self, *args: Any) -> Any:
-        tensors = [args[number] for number in self._state]
+        tensors = list(map(args.__getitem__, self._state))
         for compiled in self._compiled:
             if compiled.fits(tensors):
-                return compiled.function(*[args[number] for number in compiled.arguments])
+                return compiled.function(*map(args.__getitem__, compiled.arguments))
         with self._lock:
             if not any(compiled.fits(tensors) for compiled in self._compiled):  # by another thread
                 self._adapt_to(tensors, [args[number] for number in self._rest])
@@ -249,13 +254,12 @@ class FrozenGraph:
         self._keep(tensors, _Compiled(tensors, self._dense, arguments, versions=None, rewrites=rewrites))
 
 
-def _probes(tensors: Sequence[Tensor]) -> list[tuple[Any, int]]:
+def _probes(tensors: Sequence[Tensor]) -> list[memoryview]:
     """What to look at besides versions: batch norm writes to its statistics without counting it."""
     buffers = [t for t in tensors if not isinstance(t, nn.Parameter) and t.dim() == 1 and t.numel() and not lacking(t)]
-    # Their bits, because NumPy reads an element fastest, and knows no bfloat16.
+    # Their bits, because NumPy knows no bfloat16; and as memory, of which Python reads an element fastest.
     bits = {2: torch.int16, 4: torch.int32}
-    views = [t.detach().view(bits[t.dtype.itemsize]).numpy() for t in buffers]
-    return [(view, view.item(0)) for view in views]
+    return [t.detach().view(bits[t.dtype.itemsize]).numpy().data for t in buffers]
 
 
 def _make_sparse(graph: GraphModule) -> bool:

@@ -11,13 +11,10 @@ namespace {
 // dst[c][r] = src[r][c]; both sides are rows of floats, src_stride and dst_stride apart.
 void turn(const float* src, int64_t src_stride, float* dst, int64_t dst_stride, int64_t src_rows, int64_t src_columns) {
   int64_t r = 0;
-  for (; r + VL <= src_rows; r += VL) {
-    int64_t c = 0;
-    for (; c + VL <= src_columns; c += VL) {
+  for (; src_columns >= VL && r + VL <= src_rows; r += VL) {
+    for (int64_t next = 0; next < src_columns; next += VL) {
+      const int64_t c = std::min(next, src_columns - VL);  // the last ones share columns
       at::vec::transpose_mxn<float, VL, VL>(src + r * src_stride + c, src_stride, dst + c * dst_stride + r, dst_stride);
-    }
-    for (; c < src_columns; ++c) {
-      for (int64_t i = r; i < r + VL; ++i) dst[c * dst_stride + i] = src[i * src_stride + c];
     }
   }
   for (; r < src_rows; ++r) {

@@ -182,8 +182,7 @@ void find_picks(const Step& s, const char* data, const Place& x, Tile t, Pick* p
         const int64_t row = y[i] + away[2 * k], column = x0[i] + away[2 * k + 1];
         const int64_t pixel = before[i] + row * s.in_width + column;
         const bool is_inside = row >= 0 && row < s.in_height && column >= 0 && column < s.in_width;
-        const int64_t tile = x.tile_step == 0 ? 0 : pixel / x.row_stride;
-        positions[i] = is_inside ? image[i] + tile * x.tile_step + pixel * x.column_stride : PADDING;
+        positions[i] = is_inside ? image[i] + x.at(pixel) : PADDING;
       }
       new (picks + k * vectors) Pick(positions);
     }

@@ -40,9 +40,10 @@ struct Buffer {
   // Floats from one image to the next, or from one token to the next; 0 in the arena where every image has the same
   // place.
   int64_t unit_stride;
-  // Floats to go on with every tile besides its width; not 0 for a buffer that holds tile after tile of its steps. And
-  // the same where one thread works on the whole image: a tile that only its own chain reads may be overwritten then.
-  int64_t tile_step, alone_tile_step;
+  int64_t tile_step;  // floats to go on with every tile besides its width; not 0 for a buffer that holds tile after tile
+  // The columns that a thread keeps at a time, in memory of its own, where the chain that alone uses the buffer is worked
+  // on tile by tile; 0 for a buffer that others use.
+  int64_t ring;
 };
 
 enum Mode : int64_t {
@@ -78,6 +79,9 @@ struct Step {
   int64_t block_channels;  // the most channels of any block
   int64_t joint;  // all images of a unit side by side; so are they in all steps behind the first such one
   int64_t chain;  // this step and so many behind it, less one, are worked on tile by tile: each reads the one before
+  // Byte position in data: for each tile, which tiles of the step before it reads, from the first to one behind the last,
+  // int64. 0 for a step that reads the same tile, or does not follow in a chain; not 0 for at most one step of a chain.
+  int64_t reads;
 };
 
 struct Header {
@@ -97,9 +101,18 @@ struct Tile {
 struct Place {  // where a buffer lies, for one image or for all images that are side by side
   float* data;
   int64_t row_stride, column_stride, tile_step, image_stride;
+  int64_t ring = 0;  // columns, after which the next are where the first were; 0 where they all have a place
 
-  Place in_tile(int64_t tile) const {
-    return {data + tile * tile_step, row_stride, column_stride, tile_step, image_stride};
+  // The same, so that the columns of a tile lie where they would without tiles and ring.
+  Place in_tile(int64_t tile, int64_t column0) const {
+    Place moved = *this;
+    moved.data += ring == 0 ? tile * tile_step : -(column0 / ring * ring);
+    return moved;
+  }
+  // Where a column is, in floats.
+  int64_t at(int64_t column) const {
+    if (ring != 0) return column % ring;
+    return (tile_step == 0 ? 0 : column / row_stride * tile_step) + column * column_stride;
   }
 };
 

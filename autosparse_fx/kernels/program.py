@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from autosparse_fx.kernels.library import library
-from autosparse_fx.kernels.memory import find_chains, images_in_buffers, layout_of, local_buffers, place, tiled_buffers
+from autosparse_fx.kernels.memory import find_chains, images_in_buffers, layout_of, place, ring_columns, tiled_buffers
 from autosparse_fx.kernels.step_writer import Blob, StepWriter
 from autosparse_fx.kernels.steps import BUFFER_KINDS, MOST_IMAGES, Buffer, Machine, Step, Window
 
@@ -65,17 +65,21 @@ def assemble(
     for writer in writers:
         if writer.mode == "plain" and writer.step.source in tiled:
             writer.read_tiles()
-    chains = find_chains(writers)
-    local = local_buffers(steps, chains)
+    chains = find_chains(writers, buffers)
+    rings = ring_columns(writers, buffers, chains)
     images_of = images_in_buffers(writers)
     layouts = [
-        layout_of(b, tiled.get(n, 0), n in local, machine, is_tokens, *images_of.get(n, (1, False)))
+        layout_of(b, tiled.get(n, 0), rings.get(n, 0), machine, is_tokens, *images_of.get(n, (1, False)))
         for n, b in enumerate(buffers)
     ]
     positions, arena_bytes = place(steps, chains, buffers, layouts, joint_from)
     written = []
-    for writer, chain in zip(writers, chains, strict=True):
-        written.append(b"".join(map(_eight_bytes, writer.write(blob, chain))))
+    for chain in chains:
+        reads = 0 if chain.reads is None else blob.add(chain.reads)
+        for number in range(chain.first, chain.first + chain.length):
+            fields = writers[number].write(blob)
+            fields += [chain.first + chain.length - number, reads if number == chain.window else 0]
+            written.append(b"".join(map(_eight_bytes, fields)))
     rows = [
         [BUFFER_KINDS.index(b.kind), position, *astuple(layout)[:5]]
         for b, position, layout in zip(buffers, positions, layouts, strict=True)

@@ -12,6 +12,7 @@
 #include <cerrno>
 #include <chrono>
 #include <cstdint>
+#include <utility>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -65,35 +66,45 @@ void run_tile(const Step& s, const char* data, const Place& x, const Place& y, c
 }
 
 // How the tiles of a step are shared by a team: side by side, and in rows where there are too few.
-struct Share {
-  int64_t width, tiles, row_parts, first, stop;
+class Share {
+ public:
+  int64_t row_parts = 1;
   Share(const Step& s, int64_t columns, int64_t member, int64_t team) {
-    width = s.vectors * VL;
-    tiles = (columns + width - 1) / width;
-    row_parts = 1;
+    const int64_t width = s.vectors * VL, tiles = (columns + width - 1) / width;
     while (row_parts < team && (tiles * row_parts) % team != 0 && tiles < 4 * team) ++row_parts;
-    first = tiles * row_parts * member / team;
-    stop = tiles * row_parts * (member + 1) / team;
+    first_ = tiles * row_parts * member / team;
+    stop_ = tiles * row_parts * (member + 1) / team;
   }
+  int64_t first_tile() const { return first_ / row_parts; }
+  int64_t stop_tile() const { return (stop_ + row_parts - 1) / row_parts; }
+  // The member's rows of a tile.
+  std::pair<int64_t, int64_t> rows(const Step& s, const char* data, int64_t tile) const {
+    const int64_t* cost = reinterpret_cast<const int64_t*>(data + s.row_cost);
+    const int64_t before = tile * row_parts;
+    auto cut = [&](int64_t k) {
+      if (k == 0 || k == row_parts) return k == 0 ? int64_t(0) : s.rows;
+      return int64_t(std::lower_bound(cost, cost + s.rows, cost[s.rows] * k / row_parts) - cost);
+    };
+    return {cut(std::max(first_ - before, int64_t(0))), cut(std::min(stop_ - before, row_parts))};
+  }
+
+ private:
+  int64_t first_, stop_;  // parts of tiles
 };
 
 struct Places {
   Place source, target, residual;
 };
 
-// One tile of a step, or a member's part of its rows.
-void run_part(const Step& s, const char* data, const Places& at, int64_t columns, const Share& share, int64_t tile) {
-  const int64_t* cost = reinterpret_cast<const int64_t*>(data + s.row_cost);
-  const int64_t width = share.width, before = tile * share.row_parts;
-  auto cut = [&](int64_t k) {
-    if (k == 0 || k == share.row_parts) return k == 0 ? int64_t(0) : s.rows;
-    return int64_t(std::lower_bound(cost, cost + s.rows, cost[s.rows] * k / share.row_parts) - cost);
-  };
-  Tile t{tile * width, std::min(width, columns - tile * width), cut(std::max(share.first - before, int64_t(0))),
-         cut(std::min(share.stop - before, share.row_parts))};
-  if (t.row0 == t.row1) return;
-  const Place source = s.mode == PICKED || s.mode == DEPTHWISE ? at.source : at.source.in_tile(tile);
-  run_tile(s, data, source, at.target.in_tile(tile), at.residual.in_tile(tile), t);
+// Rows of one tile of a step.
+void run_rows(const Step& s, const char* data, const Places& at, int64_t columns, int64_t tile,
+              std::pair<int64_t, int64_t> rows) {
+  const int64_t width = s.vectors * VL, column0 = tile * width;
+  if (rows.first == rows.second) return;
+  const Tile t{column0, std::min(width, columns - column0), rows.first, rows.second};
+  const bool picks = s.mode == PICKED || s.mode == DEPTHWISE;
+  const Place source = picks ? at.source : at.source.in_tile(tile, column0);
+  run_tile(s, data, source, at.target.in_tile(tile, column0), at.residual.in_tile(tile, column0), t);
 }
 
 }  // namespace
@@ -136,9 +147,13 @@ extern "C" bool run_sparse_program(const char* data, const float* const* inputs,
   Barrier barrier;
 
   // `first`: the image or token that a unit begins with. `image`: of the unit; none where all of them are side by side.
-  auto place = [&](int64_t number, int64_t first, int64_t image, char* arena, bool is_alone) -> Place {
+  // `own`: memory of the thread, where a chain of several steps is worked on tile by tile; or null.
+  auto place = [&](int64_t number, int64_t first, int64_t image, char* arena, char* own) -> Place {
     if (number < 0) return {nullptr, 0, 0, 0, 0};
     const Buffer& b = buffers[number];
+    if (own != nullptr && b.ring != 0) {
+      return {reinterpret_cast<float*>(own + b.index), b.ring, 1, 0, b.unit_stride, b.ring};
+    }
     float* base = b.kind == 0 ? reinterpret_cast<float*>(arena + b.index)
         : b.kind == 1         ? const_cast<float*>(inputs[b.index])
                               : outputs[b.index];
@@ -146,40 +161,53 @@ extern "C" bool run_sparse_program(const char* data, const float* const* inputs,
     if (b.kind == 1 && !h.is_tokens && is_channels_last[b.index]) {
       return {base, 1, b.unit_stride / b.row_stride, 0, b.unit_stride};
     }
-    return {base, b.row_stride, b.column_stride, is_alone ? b.alone_tile_step : b.tile_step, b.unit_stride};
+    return {base, b.row_stride, b.column_stride, b.tile_step, b.unit_stride};
   };
   // Runs the step and the rest of its chain, and returns the step behind.
-  auto run_chain = [&](const Step* s, int64_t columns, auto at, int64_t member, int64_t team, double* timed) {
+  auto run_chain = [&](const Step* begin, auto columns_of, auto at, int64_t member, int64_t team, double* timed) {
     auto clocked = [&](const Step* step, auto work) {
       if (timed == nullptr) return work();
       const auto start = std::chrono::steady_clock::now();
       work();
       timed[step - steps] += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     };
-    const Step* chain = s + s->chain;
-    const Share share(*s, columns, member, team);
-    if (share.row_parts > 1) chain = s + 1;  // the next step needs rows of other members
-    for (int64_t tile = share.first / share.row_parts; tile * share.row_parts < share.stop; ++tile) {
-      for (const Step* link = s; link < chain; ++link) {
-        const Places places{at(link->source), at(link->target), at(link->residual)};
-        clocked(link, [&] { run_part(*link, data, places, columns, share, tile); });
-      }
+    const Step *stop = begin + begin->chain, *last = stop - 1;
+    while (last != begin && last->reads == 0) --last;  // the one that reads several tiles, or the first
+    Share share(*last, columns_of(*last), member, team);
+    if (share.row_parts > 1) {  // the next step needs rows of other members
+      last = begin, stop = begin + 1;
+      share = Share(*last, columns_of(*last), member, team);
     }
-    clocked(chain - 1, [&] { barrier.wait(team); });
-    return chain;
+    char* own = stop - begin > 1 ? arena_memory.get(h.arena_bytes) : nullptr;
+    auto run = [&](const Step* s, int64_t tile, std::pair<int64_t, int64_t> rows) {
+      const Places places{at(s->source, own), at(s->target, own), at(s->residual, own)};
+      clocked(s, [&] { run_rows(*s, data, places, columns_of(*s), tile, rows); });
+    };
+    int64_t made = 0;  // tiles of the steps before the last
+    for (int64_t tile = share.first_tile(); tile < share.stop_tile(); ++tile) {
+      if (last != begin) {
+        const int64_t* reads = reinterpret_cast<const int64_t*>(data + last->reads) + 2 * tile;
+        for (made = std::max(made, reads[0]); made < reads[1]; ++made) {
+          for (const Step* s = begin; s != last; ++s) run(s, made, {0, s->rows});
+        }
+      }
+      for (const Step* s = last; s != stop; ++s) run(s, tile, share.rows(*s, data, tile));
+    }
+    clocked(stop - 1, [&] { barrier.wait(team); });
+    return stop;
   };
   auto run_unit = [&](int64_t first, int64_t count, char* arena, int64_t member, int64_t team, double* timed) {
     const Step *begin = steps, *stop = steps + h.step_count;
     for (int64_t image = 0; !h.is_tokens && image < count; ++image) {
-      auto at = [&](int64_t number) { return place(number, first, image, arena, team == 1); };
+      auto at = [&](int64_t number, char* own) { return place(number, first, image, arena, own); };
+      auto columns_of = [](const Step& s) { return s.columns; };
       for (begin = steps; begin < stop && !begin->joint;) {
-        begin = run_chain(begin, begin->columns, at, member, team, timed);
+        begin = run_chain(begin, columns_of, at, member, team, timed);
       }
     }
-    auto at = [&](int64_t number) { return place(number, first, 0, arena, team == 1); };
-    while (begin < stop) {
-      begin = run_chain(begin, h.is_tokens ? count : count * begin->columns, at, member, team, timed);
-    }
+    auto at = [&](int64_t number, char* own) { return place(number, first, 0, arena, own); };
+    auto columns_of = [&](const Step& s) { return h.is_tokens ? count : count * s.columns; };
+    while (begin < stop) begin = run_chain(begin, columns_of, at, member, team, timed);
   };
 #pragma omp parallel num_threads(int(threads))
   {

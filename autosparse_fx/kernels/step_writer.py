@@ -117,8 +117,8 @@ class StepWriter:
             return max(1, round(CODE_ENTRIES / max(1.0, entries_per_channel)))
         return max(1, CACHE_BYTES[self.mode] // (4 * self.packing.floats))
 
-    def write(self, blob: Blob, chain: int) -> list[int | float]:
-        """Append the step's data, and return the fields of the C++ struct."""
+    def write(self, blob: Blob) -> list[int | float]:
+        """Append the step's data, and return the fields of the C++ struct, but for those about its chain."""
         step, window, packing = self.step, self.window, self.packing
         blocks = [] if self.mode == "depthwise" else self._blocks(blob)
         cost = np.concatenate([[0], np.cumsum(_entries_per_row(step.weight) + 1)]).astype(np.int64)
@@ -151,7 +151,6 @@ class StepWriter:
             blob.add(cost),
             self.block_channels,
             int(self.images > 0),
-            chain,
         ]
 
     def _blocks(self, blob: Blob) -> list[list[int]]:
