@@ -11,30 +11,23 @@ from torch.fx import GraphModule, Node
 
 from autosparse_fx._compat.dynamo_graphs import size_hint
 from autosparse_fx.kernels import choice, ops  # noqa: F401  (the operators must exist)
-from autosparse_fx.kernels.choice import CHOICE, DENSE_SCALE, Choice, choose, lacking
-from autosparse_fx.kernels.library import library
+from autosparse_fx.kernels.choice import DENSE_SCALE, Choice, choose, lacking
 from autosparse_fx.passes.casts import drop_casts_between, narrowed, widened
 from autosparse_fx.passes.constants import constant, new_constant, remove_unused_constants
 from autosparse_fx.passes.epilogues import activation_of, only_user, same_shape
-from autosparse_fx.passes.sparse_groups import drop_groups_that_lose, sparse_ones, take_close_ones
+from autosparse_fx.passes.sparse_groups import choose_each, choose_together, drop_groups_that_lose, sparse_ones
 
 aten = torch.ops.aten
 SPARSE_CONV = torch.ops.autosparse.sparse_conv.default
 
 
 def lower_sparse_conv(gm: GraphModule) -> int:
-    """Lower every convolution that gains, and those between them that lose little by it."""
+    """Lower every convolution that gains, and those between them where that costs less than converting tensors."""
     convolutions = gm.graph.find_nodes(op="call_function", target=aten.convolution.default)
-    for node in convolutions:
-        node.meta[CHOICE] = _choice(node, gm.meta.get(DENSE_SCALE, 1.0))
-    if sparse_ones(convolutions):
-        take_close_ones(convolutions, runs_code=library().machine.runs_code)
-    sparse = set(sparse_ones(convolutions))
-    for node in convolutions:
-        if _is_between(node, sparse):
-            node.meta[CHOICE] = Choice(True, "grouped, between layers that run sparse")
-            sparse.add(node)
-    drop_groups_that_lose(convolutions, lambda _: choice.CONVERT)
+    scale = gm.meta.get(DENSE_SCALE, 1.0)
+    choose_each(convolutions, lambda node, runs_code: _choice(node, scale, runs_code=runs_code))
+    choose_together(convolutions, _conversion)
+    drop_groups_that_lose(convolutions, _conversion)
     chosen = sparse_ones(convolutions)
     for node in reversed(chosen):
         _lower(gm, node)
@@ -45,7 +38,13 @@ def lower_sparse_conv(gm: GraphModule) -> int:
     return len(chosen)
 
 
-def _choice(node: Node, scale: float) -> Choice:
+def _conversion(tensor: Node) -> float:
+    """Cycles for each element that sparse layers take from others or give to others; inputs are as they like them."""
+    is_as_given = tensor.op == "placeholder" and tensor.meta["val"].dtype == torch.float32
+    return 0 if is_as_given else choice.CONVERT
+
+
+def _choice(node: Node, scale: float, *, runs_code: bool) -> Choice:
     reason = _unsupported(node)
     if reason:
         return Choice(False, reason, False)
@@ -61,6 +60,7 @@ def _choice(node: Node, scale: float) -> Choice:
         columns=math.prod(node.meta["val"].shape[2:]),
         units=size_hint(node.meta["val"].shape[0]),
         is_plain=weight[0, 0].numel() == 1 and set(node.args[3]) == {1} and set(node.args[4]) == {0},  # type: ignore[arg-type]
+        runs_code=runs_code,
         dtype=node.meta["val"].dtype,
         scale=scale,
     )
@@ -84,19 +84,6 @@ def _unsupported(node: Node) -> str:
 
 def _is_static(value: Tensor) -> bool:
     return all(isinstance(size, int) for size in value.shape[1:])
-
-
-def _is_between(node: Node, sparse: set[Node]) -> bool:
-    """Whether a grouped convolution gets its input from a layer that runs sparse, and gives it to such layers only."""
-    if _unsupported(node) or int(node.args[8]) == 1:  # type: ignore[arg-type]
-        return False
-    source: Node = node.args[0]  # type: ignore[assignment]
-    if activation_of(source) is not None:
-        source = source.args[0]  # type: ignore[assignment]
-    users = list(node.users)
-    if len(users) == 1 and activation_of(users[0]) is not None:
-        users = list(users[0].users)
-    return source in sparse and sparse.issuperset(users)
 
 
 def _lower(gm: GraphModule, node: Node) -> None:

@@ -8,11 +8,11 @@ from torch.fx import GraphModule, Node
 
 from autosparse_fx._compat.dynamo_graphs import size_hint
 from autosparse_fx.kernels import choice, ops  # noqa: F401  (the operators must exist)
-from autosparse_fx.kernels.choice import CHOICE, DENSE_SCALE, Choice, choose, lacking
+from autosparse_fx.kernels.choice import DENSE_SCALE, Choice, choose, lacking
 from autosparse_fx.passes.casts import drop_casts_between, is_own_cast, narrowed, widened
 from autosparse_fx.passes.constants import constant, new_constant, remove_unused_constants
 from autosparse_fx.passes.epilogues import VIEWS, activation_of, only_user
-from autosparse_fx.passes.sparse_groups import drop_groups_that_lose, sparse_ones
+from autosparse_fx.passes.sparse_groups import choose_each, drop_groups_that_lose, sparse_ones
 
 aten = torch.ops.aten
 SPARSE_LINEAR = torch.ops.autosparse.sparse_linear.default
@@ -23,13 +23,17 @@ COLUMNS = 128  # a chunk of tokens
 def lower_sparse_linear(gm: GraphModule) -> int:
     """Lower every such product, whatever the rows of its input are regrouped to before and behind it."""
     products = [node for node in gm.graph.nodes if node.target in _PRODUCTS]
-    operands = {node: _operands(node, gm.meta.get(DENSE_SCALE, 1.0)) for node in products}
-    for node, (its_choice, _, _) in operands.items():
-        node.meta[CHOICE] = its_choice
-    drop_groups_that_lose(products, lambda dtype: 0 if dtype == torch.float32 else choice.CAST, sums=False)
+    operands: dict[Node, list[Tensor | None]] = {}
+
+    def choice_of(node: Node, runs_code: bool) -> Choice:
+        found, *operands[node] = _operands(node, gm.meta.get(DENSE_SCALE, 1.0), runs_code=runs_code)
+        return found
+
+    choose_each(products, choice_of)
+    drop_groups_that_lose(products, _conversion, sums=False)
     chosen = sparse_ones(products)
     for node in chosen:
-        _, weight, bias = operands[node]
+        weight, bias = operands[node]
         assert weight is not None
         _lower(gm, node, weight, bias)
     if chosen:
@@ -40,7 +44,12 @@ def lower_sparse_linear(gm: GraphModule) -> int:
     return len(chosen)
 
 
-def _operands(node: Node, scale: float) -> tuple[Choice, Tensor | None, Tensor | None]:
+def _conversion(tensor: Node) -> float:
+    """Cycles for each element that sparse layers take from others or give to others, in another dtype."""
+    return 0 if tensor.meta["val"].dtype == torch.float32 else choice.CAST
+
+
+def _operands(node: Node, scale: float, *, runs_code: bool) -> tuple[Choice, Tensor | None, Tensor | None]:
     """The choice, the weight ``[rows, channels]`` and the bias ``[rows]`` of a product."""
     bias = None
     if node.target is aten.addmm.default:
@@ -68,6 +77,7 @@ def _operands(node: Node, scale: float) -> tuple[Choice, Tensor | None, Tensor |
         columns=columns,
         units=units,
         is_plain=True,
+        runs_code=runs_code,
         dtype=matrix.dtype,
         scale=scale,
     )

@@ -8,48 +8,89 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from autosparse_fx._compat import cpu
 from autosparse_fx._compat.dynamo_graphs import size_hint
 from autosparse_fx.kernels import choice
-from autosparse_fx.kernels.choice import CHOICE
+from autosparse_fx.kernels.choice import CHOICE, Choice
+from autosparse_fx.kernels.library import library
 from autosparse_fx.passes.constants import constant
 from autosparse_fx.passes.epilogues import VIEWS, activation_of
 
 aten = torch.ops.aten
 
 
-def take_close_ones(layers: Sequence[Node], *, runs_code: bool) -> None:
-    """Take in the layers about as fast on a sparse kernel that lie between such as gain, behind some and before others.
-
-    Their tensors would be converted twice. None where all of them together cost half of what the others gain.
+def choose_each(layers: Sequence[Node], choice_of: Callable[[Node, bool], Choice]) -> None:
+    """Note for each layer what it gains by itself.
 
     Args:
-        layers: all of one kind, in the order of the graph.
-        runs_code: whether patterns can be machine code here.
+        layers: all of one kind.
+        choice_of: the choice for a layer, where patterns can be machine code, or cannot.
     """
-    gain = sparse_ones(layers)
-    choices = {node: node.meta[CHOICE] for node in layers}
-    close = {n for n, c in choices.items() if c.is_close and (runs_code or not c.needs_code)}.difference(gain)
-    behind, before = set(gain), set(gain)
-    for node in layers:  # in the order of the graph
-        if node in close and not behind.isdisjoint(_sources(node)):
-            behind.add(node)
-    for node in reversed(layers):
-        if node in before:
-            before.update(close.intersection(_sources(node)))
-    between = close & behind & before
-    gained = sum(node.meta[CHOICE].saved for node in gain)
-    if -sum(node.meta[CHOICE].saved for node in between) > gained / 2:
+    runs_code = cpu.has_avx512()
+    for node in layers:
+        node.meta[CHOICE] = choice_of(node, runs_code)
+    # The library is compiled when it is first asked for, which takes a while: not for layers that all stay dense.
+    if runs_code and sparse_ones(layers) and not library().machine.runs_code:
+        for node in layers:
+            node.meta[CHOICE] = choice_of(node, False)
+
+
+def choose_together(layers: Sequence[Node], cycles: Callable[[Node], float]) -> None:
+    """Choose for all convolutions so that they and the conversions between them cost least: a minimum cut.
+
+    One side runs sparse. A layer costs what it would gain on the other side, and each tensor that one side computes and
+    the other reads is converted once.
+
+    Args:
+        layers: in the order of the graph.
+        cycles: that converting each element of a tensor costs.
+    """
+    if not sparse_ones(layers):
         return
-    for node in between:
-        node.meta[CHOICE] = replace(node.meta[CHOICE], is_sparse=True, reason="between layers that run sparse")
+    import networkx as nx  # takes as long as a tenth of torch
+
+    network = nx.DiGraph()
+    network.add_nodes_from(("sparse", "dense"))
+    for node in layers:
+        found: Choice = node.meta[CHOICE]
+        if not found.is_supported:
+            network.add_edge(node, "dense")  # whose capacity has no limit
+        elif found.saved > 0:
+            network.add_edge("sparse", node, capacity=found.saved)
+        else:
+            network.add_edge(node, "dense", capacity=max(1.0, -found.saved))
+
+    def side(node: Node) -> Node | str:
+        return node if CHOICE in node.meta or _is_between(node) else "dense"
+
+    for tensor in layers[0].graph.nodes:
+        if not isinstance(tensor.meta.get("val"), Tensor) or constant(tensor) is not None:
+            continue
+        cost = cycles(tensor) * _elements(tensor)
+        for_dense, for_sparse = (tensor, "for dense"), (tensor, "for sparse")
+        for reader in {side(user) for user in tensor.users}:
+            network.add_edge(for_dense, reader)
+            if reader != "dense":
+                network.add_edge(reader, for_sparse)
+        network.add_edge(side(tensor), for_dense, capacity=cost)
+        network.add_edge(for_sparse, side(tensor), capacity=cost)
+    _, (together, _) = nx.minimum_cut(network, "sparse", "dense", flow_func=nx.flow.boykov_kolmogorov)
+    for node in layers:
+        found = node.meta[CHOICE]
+        if node in together and not found.is_sparse:
+            reason = f"{found.reason}, between layers that run sparse"
+            node.meta[CHOICE] = replace(found, is_sparse=True, reason=reason)
+        elif node not in together and found.is_sparse:
+            reason = f"{found.reason}, less than converting its tensors costs"
+            node.meta[CHOICE] = replace(found, is_sparse=False, reason=reason)
 
 
-def drop_groups_that_lose(layers: Sequence[Node], cycles: Callable[[torch.dtype], float], *, sums: bool = True) -> None:
+def drop_groups_that_lose(layers: Sequence[Node], cycles: Callable[[Node], float], *, sums: bool = True) -> None:
     """Leave those dense that gain less, with those that they hand their tensors to, than being called for costs.
 
     Args:
         layers: all of one kind, in the order of the graph.
-        cycles: that each element costs which goes into such a group or comes out of it, by its dtype there.
+        cycles: that each element costs of a tensor which goes into such a group or comes out of it.
         sums: whether the layers compute sums with other tensors than constants along.
     """
     import networkx as nx  # takes as long as a tenth of torch
@@ -66,12 +107,17 @@ def drop_groups_that_lose(layers: Sequence[Node], cycles: Callable[[torch.dtype]
         if not homes.keys() >= node.users.keys():
             edges[home].add(node)
     for group in nx.connected_components(links):
-        tensors = [node.meta["val"] for node in set().union(*(edges[node] for node in group))]
-        costs = choice.PROGRAM + sum(cycles(value.dtype) * prod(map(size_hint, value.shape)) for value in tensors)
-        if sum(node.meta[CHOICE].saved for node in group) < costs:
+        tensors: set[Node] = set().union(*(edges[node] for node in group))
+        costs = choice.PROGRAM + sum(cycles(tensor) * _elements(tensor) for tensor in tensors)
+        saved = sum(node.meta[CHOICE].saved for node in group)
+        if saved < costs or not any(node.meta[CHOICE].is_clear for node in group):
             for node in group:
                 reason = f"{node.meta[CHOICE].reason}, less than calling it costs"
                 node.meta[CHOICE] = replace(node.meta[CHOICE], is_sparse=False, reason=reason)
+
+
+def _elements(node: Node) -> int:
+    return prod(map(size_hint, node.meta["val"].shape))
 
 
 def sparse_ones(layers: Sequence[Node]) -> list[Node]:
@@ -88,21 +134,6 @@ def _is_between(node: Node, *, sums: bool = True) -> bool:
 def _input(node: Node) -> Node:
     """The tensor that a layer multiplies by its weight."""
     return node.args[1] if node.target is aten.addmm.default else node.args[0]  # type: ignore[return-value]
-
-
-def _sources(node: Node) -> set[Node]:
-    """The layers whose results a layer reads, added to others or activated."""
-    found, seen, todo = set(), set(), [_input(node)]
-    while todo:
-        source = todo.pop()
-        if source in seen:
-            continue
-        seen.add(source)
-        if CHOICE in source.meta:
-            found.add(source)
-        elif _is_between(source):
-            todo.extend(source.all_input_nodes)
-    return found
 
 
 def _homes(chosen: Sequence[Node], *, sums: bool) -> dict[Node, Node]:

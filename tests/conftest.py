@@ -83,8 +83,9 @@ def verified_graphs() -> Iterator[None]:
 def small_graphs_run_sparse_too() -> Iterator[None]:
     """Otherwise only layers run on sparse kernels that gain more than that costs, which differs between machines."""
     with pytest.MonkeyPatch.context() as patch:  # of its own: the fixture would outlive others that tests patch with
-        for cost in ("CALL", "PROGRAM", "CONVERT", "CAST"):
+        for cost in ("CALL", "PROGRAM", "CAST"):
             patch.setattr(f"autosparse_fx.kernels.choice.{cost}", 0)
+        patch.setattr("autosparse_fx.kernels.choice.CONVERT", 0.001)  # depthwise layers go with their neighbours
         for feature in ("has_bf16_matrices", "has_bf16_vectors", "halves_avx512"):
             patch.setattr(f"autosparse_fx._compat.cpu.{feature}", lambda: False)
         patch.setattr("autosparse_fx._compat.cpu.has_avx512", lambda: True)

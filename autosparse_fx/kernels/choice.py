@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from autosparse_fx._compat import cpu
-from autosparse_fx.kernels.library import library
 from autosparse_fx.kernels.machine_code import gains
 from autosparse_fx.kernels.step_writer import GATHER_ROWS
 from autosparse_fx.kernels.steps import JOINT_COLUMNS, MOST_IMAGES
@@ -43,8 +42,7 @@ SHORT = Cycles(1.1, 2.0, 2.3, 1.0, 1.0, 0.08, 4.0, 6.0)  # two vectors of AVX2, 
 # Products of bfloat16 take so much of the time of float32 ones where the processor multiplies matrices of them, or
 # vectors. Elsewhere, and in float16, dense kernels are slower than in float32.
 BF16_MATRICES, BF16_VECTORS = 0.22, 0.45
-MARGIN = 0.75  # of the dense estimate, below which a layer becomes sparse
-CLOSE = 1.4  # of the dense estimate, up to which it stays among sparse layers rather than have its tensors converted
+MARGIN = 0.75  # of the dense estimate, below which a layer becomes sparse by itself
 CALL = 150_000  # cycles of all threads that calling a dense kernel costs about, which the layers of a program share
 # Cycles: what calling a program costs about, and each element that convolutions take from others or give to others, in
 # another layout, or products in another dtype.
@@ -63,9 +61,18 @@ class Choice:
     is_sparse: bool
     reason: str
     is_supported: bool = True  # False where there is no sparse kernel, however many zeros there were
-    saved: float = 0.0  # cycles of one thread that a call gains if it runs sparse, as estimated
-    is_close: bool = False  # the sparse kernel is about as fast as the dense one, or faster
-    needs_code: bool = False  # and would not be without machine code
+    dense: float = 0.0  # cycles of one thread that a call takes on either kernel, as estimated
+    sparse: float = 0.0
+
+    @property
+    def saved(self) -> float:
+        """What a call gains if it runs sparse."""
+        return self.dense - self.sparse
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the sparse kernel is faster even if the estimate is too kind to it."""
+        return self.sparse < MARGIN * self.dense
 
 
 def lacking(*tensors: Tensor) -> str:
@@ -92,6 +99,7 @@ def choose(
     columns: int,
     units: int = 1,
     is_plain: bool,
+    runs_code: bool,
     dtype: torch.dtype = torch.float32,
     scale: float = 1.0,
 ) -> Choice:
@@ -104,6 +112,7 @@ def choose(
         columns: output pixels, or tokens.
         units: images, or chunks of tokens.
         is_plain: a linear layer, or a 1x1 convolution without stride and padding.
+        runs_code: whether patterns can be machine code.
         dtype: of the layer; the sparse kernel computes in float32 whatever it is.
         scale: how slow dense kernels are, relative to what is estimated here.
     """
@@ -115,25 +124,28 @@ def choose(
     cycles = SHORT if not cpu.has_avx512() else HALVED if cpu.halves_avx512() else WHOLE
     dense = scale * (rows * depth * cycles.dense * relative_time(dtype) + rows + CALL / vectors)
     may_be_joint = columns <= JOINT_COLUMNS and (rows >= GATHER_ROWS or depth == channels)
-    images = units // torch.get_num_threads() if may_be_joint else 1
-    joint = columns * max(1, min(images, MOST_IMAGES))
-    across = -(-joint // LANES)
-    whole_vectors = LANES * across / joint
-
+    whole_vectors, width = _tiles(columns, units if may_be_joint else 1)
     around = channels * cycles.pack + rows * cycles.store
     plain = (entries * (cycles.plain if is_plain else cycles.window) + around) * whole_vectors
     products = entries * (cycles.plain_code if is_plain else cycles.window_code)
     coded = (products + rows * depth * cycles.load + around) * whole_vectors
-    has_zeros, width = entries < rows * depth, -(-across // -(-across // TILE))
-    by_code = cpu.has_avx512() and gains(entries / (rows * depth), depth, width)
-    if by_code and has_zeros and coded < MARGIN * dense:
-        # The library is compiled when it is first asked for, which takes a while: not for layers that stay dense.
-        by_code = library().machine.runs_code
-    sparse = coded if by_code else plain
+    has_zeros = entries < rows * depth
+    sparse = coded if runs_code and gains(entries / (rows * depth), depth, width) else plain
     return Choice(
         has_zeros and sparse < MARGIN * dense,
         f"estimated {dense / sparse:.1f}x",
-        saved=(dense - sparse) * vectors,
-        is_close=sparse < CLOSE * dense,
-        needs_code=by_code and plain >= CLOSE * dense,
+        dense=dense * vectors,
+        sparse=sparse * vectors,
     )
+
+
+def _tiles(columns: int, units: int) -> tuple[float, int]:
+    """How many columns the vectors hold for each that there is, and the vectors of a tile.
+
+    Args:
+        columns: of an image.
+        units: images, which threads take side by side.
+    """
+    images = max(1, min(units // torch.get_num_threads(), MOST_IMAGES))
+    vectors = -(-columns * images // LANES)
+    return LANES * vectors / (columns * images), -(-vectors // -(-vectors // TILE))
