@@ -49,7 +49,7 @@ def choose_together(layers: Sequence[Node], cycles: Callable[[Node], float]) -> 
         return
     import networkx as nx  # takes as long as a tenth of torch
 
-    network = nx.DiGraph()
+    members, network = set(layers), nx.DiGraph()
     network.add_nodes_from(("sparse", "dense"))
     for node in layers:
         found: Choice = node.meta[CHOICE]
@@ -61,7 +61,7 @@ def choose_together(layers: Sequence[Node], cycles: Callable[[Node], float]) -> 
             network.add_edge(node, "dense", capacity=max(1.0, -found.saved))
 
     def side(node: Node) -> Node | str:
-        return node if CHOICE in node.meta or _is_between(node) else "dense"
+        return node if node in members or _is_between(node) else "dense"
 
     for tensor in layers[0].graph.nodes:
         if not isinstance(tensor.meta.get("val"), Tensor) or constant(tensor) is not None:
