@@ -39,9 +39,10 @@ def lower_sparse_conv(gm: GraphModule) -> int:
 
 
 def _conversion(tensor: Node) -> float:
-    """Cycles for each element that sparse layers take from others or give to others; inputs are as they like them."""
-    is_as_given = tensor.op == "placeholder" and tensor.meta["val"].dtype == torch.float32
-    return 0 if is_as_given else choice.CONVERT
+    """Cycles for each element that sparse layers take from others or give to others; an input may be as they like it."""
+    value: Tensor = tensor.meta["val"]
+    is_as_liked = tensor.op == "placeholder" and value.dtype == torch.float32 and value.is_contiguous()
+    return 0 if is_as_liked else choice.CONVERT
 
 
 def _choice(node: Node, scale: float, *, runs_code: bool) -> Choice:
@@ -50,9 +51,10 @@ def _choice(node: Node, scale: float, *, runs_code: bool) -> Choice:
         return Choice(False, reason, False)
     weight = constant(node.args[1])
     assert weight is not None
-    if int(node.args[8]) > 1:  # type: ignore[arg-type]
+    groups = int(node.args[8])  # type: ignore[arg-type]
+    if groups > 1 and weight.shape[1] == 1:  # either kernel takes about as long
         return Choice(False, "grouped")
-    return choose(
+    found = choose(
         entries=int(weight.count_nonzero()),
         rows=weight.shape[0],
         depth=weight[0].numel(),
@@ -64,6 +66,9 @@ def _choice(node: Node, scale: float, *, runs_code: bool) -> Choice:
         dtype=node.meta["val"].dtype,
         scale=scale,
     )
+    if groups > 1:
+        return Choice(False, "grouped", dense=min(found.dense, found.sparse), sparse=found.sparse)
+    return found
 
 
 def _unsupported(node: Node) -> str:

@@ -56,17 +56,21 @@ def choose_together(layers: Sequence[Node], cycles: Callable[[Node], float]) -> 
         if not found.is_supported:
             network.add_edge(node, "dense")  # whose capacity has no limit
         elif found.saved > 0:
-            network.add_edge("sparse", node, capacity=found.saved)
+            network.add_edge("sparse", node, capacity=int(found.saved))
         else:
-            network.add_edge(node, "dense", capacity=max(1.0, -found.saved))
+            network.add_edge(node, "dense", capacity=1 + int(-found.saved))
 
     def side(node: Node) -> Node | str:
         return node if node in members or _is_between(node) else "dense"
 
+    constants: set[Node] = set()
     for tensor in layers[0].graph.nodes:
-        if not isinstance(tensor.meta.get("val"), Tensor) or constant(tensor) is not None:
+        sources = tensor.all_input_nodes
+        if tensor.op == "get_attr" or (sources and constants.issuperset(sources)):
+            constants.add(tensor)
+        if tensor in constants or not isinstance(tensor.meta.get("val"), Tensor):
             continue
-        cost = cycles(tensor) * _elements(tensor)
+        cost = int(cycles(tensor) * _elements(tensor))
         for_dense, for_sparse = (tensor, "for dense"), (tensor, "for sparse")
         for reader in {side(user) for user in tensor.users}:
             network.add_edge(for_dense, reader)
@@ -78,7 +82,7 @@ def choose_together(layers: Sequence[Node], cycles: Callable[[Node], float]) -> 
     for node in layers:
         found = node.meta[CHOICE]
         if node in together and not found.is_sparse:
-            reason = f"{found.reason}, between layers that run sparse"
+            reason = f"{found.reason}, with its neighbours"
             node.meta[CHOICE] = replace(found, is_sparse=True, reason=reason)
         elif node not in together and found.is_sparse:
             reason = f"{found.reason}, less than converting its tensors costs"
@@ -87,6 +91,8 @@ def choose_together(layers: Sequence[Node], cycles: Callable[[Node], float]) -> 
 
 def drop_groups_that_lose(layers: Sequence[Node], cycles: Callable[[Node], float], *, sums: bool = True) -> None:
     """Leave those dense that gain less, with those that they hand their tensors to, than being called for costs.
+
+    And those among which none gains by itself.
 
     Args:
         layers: all of one kind, in the order of the graph.
@@ -109,11 +115,15 @@ def drop_groups_that_lose(layers: Sequence[Node], cycles: Callable[[Node], float
     for group in nx.connected_components(links):
         tensors: set[Node] = set().union(*(edges[node] for node in group))
         costs = choice.PROGRAM + sum(cycles(tensor) * _elements(tensor) for tensor in tensors)
-        saved = sum(node.meta[CHOICE].saved for node in group)
-        if saved < costs or not any(node.meta[CHOICE].is_clear for node in group):
-            for node in group:
-                reason = f"{node.meta[CHOICE].reason}, less than calling it costs"
-                node.meta[CHOICE] = replace(node.meta[CHOICE], is_sparse=False, reason=reason)
+        choices: list[Choice] = [node.meta[CHOICE] for node in group]
+        why = ""
+        if sum(found.saved for found in choices) < costs:
+            why = "less than calling it costs"
+        elif not any(found.gains_alone for found in choices):
+            why = "where none gains by itself"
+        for node, found in zip(group, choices, strict=True):
+            if why:
+                node.meta[CHOICE] = replace(found, is_sparse=False, reason=f"{found.reason}, {why}")
 
 
 def _elements(node: Node) -> int:

@@ -63,16 +63,12 @@ class Choice:
     is_supported: bool = True  # False where there is no sparse kernel, however many zeros there were
     dense: float = 0.0  # cycles of one thread that a call takes on either kernel, as estimated
     sparse: float = 0.0
+    gains_alone: bool = False  # whatever those around it do
 
     @property
     def saved(self) -> float:
         """What a call gains if it runs sparse."""
         return self.dense - self.sparse
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether the sparse kernel is faster even if the estimate is too kind to it."""
-        return self.sparse < MARGIN * self.dense
 
 
 def lacking(*tensors: Tensor) -> str:
@@ -131,12 +127,9 @@ def choose(
     coded = (products + rows * depth * cycles.load + around) * whole_vectors
     has_zeros = entries < rows * depth
     sparse = coded if runs_code and gains(entries / (rows * depth), depth, width) else plain
-    return Choice(
-        has_zeros and sparse < MARGIN * dense,
-        f"estimated {dense / sparse:.1f}x",
-        dense=dense * vectors,
-        sparse=sparse * vectors,
-    )
+    gains_alone = has_zeros and sparse < MARGIN * dense
+    reason = f"estimated {dense / sparse:.1f}x"
+    return Choice(gains_alone, reason, True, dense * vectors, sparse * vectors, gains_alone)
 
 
 def _tiles(columns: int, units: int) -> tuple[float, int]:

@@ -102,6 +102,7 @@ struct Place {  // where a buffer lies, for one image or for all images that are
   float* data;
   int64_t row_stride, column_stride, tile_step, image_stride;
   int64_t ring = 0;  // columns, after which the next are where the first were; 0 where they all have a place
+  int64_t ring_start = 0;  // a column at the start of the ring; `at` knows those of two rings from there on
 
   // The same, so that the columns of a tile lie where they would without tiles and ring.
   Place in_tile(int64_t tile, int64_t column0) const {
@@ -111,7 +112,7 @@ struct Place {  // where a buffer lies, for one image or for all images that are
   }
   // Where a column is, in floats.
   int64_t at(int64_t column) const {
-    if (ring != 0) return column % ring;
+    if (ring != 0) return column - ring_start < ring ? column - ring_start : column - ring_start - ring;
     return (tile_step == 0 ? 0 : column / row_stride * tile_step) + column * column_stride;
   }
 };

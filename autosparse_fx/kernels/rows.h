@@ -159,7 +159,8 @@ void compute_depthwise(const Step& s, const char* data, const Place& x, const Pi
                        const Place& y, const Place& residual) {
   const float* bias = reinterpret_cast<const float*>(data + s.bias);
   const float* weight = reinterpret_cast<const float*>(data + s.taps) + t.row0 * s.pick_count;
-  // What other threads have just written of the channels would be waited for, one channel after the other.
+  // What other threads have just written of the channels would be waited for, one channel after the other; not so what
+  // this one has, in a ring.
   const int64_t line = 64 / sizeof(float), ahead = 8 * x.row_stride;
   int64_t first = INT64_MAX, last = 0;
   for (const Pick* pick = picks; pick != picks + s.pick_count * NV; ++pick) {
@@ -170,7 +171,7 @@ void compute_depthwise(const Step& s, const char* data, const Place& x, const Pi
   auto each_row = [&](auto of) C10_ALWAYS_INLINE_ATTRIBUTE {
     for (int64_t m = t.row0; m < t.row1; ++m) {
       const float* channel = x.data + m / s.rows_per_channel * x.row_stride;
-      for (int64_t i = first; i < last; i += line) __builtin_prefetch(channel + ahead + i);
+      for (int64_t i = first; i < last && x.ring == 0; i += line) __builtin_prefetch(channel + ahead + i);
       Vec acc[NV];
       for (int j = 0; j < NV; ++j) acc[j] = Vec(bias[m]);
       const Pick* pick = picks;

@@ -173,25 +173,41 @@ extern "C" bool run_sparse_program(const char* data, const float* const* inputs,
     };
     const Step *stop = begin + begin->chain, *last = stop - 1;
     while (last != begin && last->reads == 0) --last;  // the one that reads several tiles, or the first
-    Share share(*last, columns_of(*last), member, team);
-    if (share.row_parts > 1) {  // the next step needs rows of other members
+    auto share_of = [&](int64_t who) { return Share(*last, columns_of(*last), who, team); };
+    const int64_t* reads = reinterpret_cast<const int64_t*>(data + last->reads);
+    Share share = share_of(member);
+    bool is_split = share.row_parts > 1;  // the next step needs rows of other members
+    if (last != begin && team > 1) {  // or members would compute too much of the steps before that others compute as well
+      int64_t made = 0, width = begin->vectors * VL;
+      for (int64_t who = 0; who < team; ++who) {
+        const Share other = share_of(who);
+        const int64_t first = other.first_tile(), end = other.stop_tile();
+        if (first < end) made += reads[2 * (end - 1) + 1] - reads[2 * first];
+      }
+      is_split = is_split || 4 * made > 5 * ((columns_of(*begin) + width - 1) / width);
+    }
+    if (is_split) {
       last = begin, stop = begin + 1;
-      share = Share(*last, columns_of(*last), member, team);
+      share = share_of(member);
     }
     char* own = stop - begin > 1 ? arena_memory.get(h.arena_bytes) : nullptr;
-    auto run = [&](const Step* s, int64_t tile, std::pair<int64_t, int64_t> rows) {
-      const Places places{at(s->source, own), at(s->target, own), at(s->residual, own)};
+    auto run = [&](const Step* s, int64_t tile, std::pair<int64_t, int64_t> rows, int64_t ring_start = 0) {
+      // What the first step reads is from before the chain.
+      Places places{at(s->source, s == begin ? nullptr : own), at(s->target, own), at(s->residual, own)};
+      places.source.ring_start = ring_start;
       clocked(s, [&] { run_rows(*s, data, places, columns_of(*s), tile, rows); });
     };
     int64_t made = 0;  // tiles of the steps before the last
     for (int64_t tile = share.first_tile(); tile < share.stop_tile(); ++tile) {
+      int64_t ring_start = 0;
       if (last != begin) {
-        const int64_t* reads = reinterpret_cast<const int64_t*>(data + last->reads) + 2 * tile;
-        for (made = std::max(made, reads[0]); made < reads[1]; ++made) {
+        for (made = std::max(made, reads[2 * tile]); made < reads[2 * tile + 1]; ++made) {
           for (const Step* s = begin; s != last; ++s) run(s, made, {0, s->rows});
         }
+        const int64_t ring = buffers[last->source].ring, first = reads[2 * tile] * (last - 1)->vectors * VL;
+        ring_start = first / ring * ring;
       }
-      for (const Step* s = last; s != stop; ++s) run(s, tile, share.rows(*s, data, tile));
+      for (const Step* s = last; s != stop; ++s) run(s, tile, share.rows(*s, data, tile), s == last ? ring_start : 0);
     }
     clocked(stop - 1, [&] { barrier.wait(team); });
     return stop;

@@ -112,7 +112,7 @@ def test_dense_layers_between_sparse_ones_go_with_them(
     graph = around(dense)
     assert graph.apply(lower_sparse_conv) == (2 + dense if share > 1 else 2)
     reasons = [node.meta[CHOICE].reason for node in graph.nodes(SPARSE_CONV)]
-    assert sum("between layers that run sparse" in reason for reason in reasons) == (dense if share > 1 else 0)
+    assert sum("with its neighbours" in reason for reason in reasons) == (dense if share > 1 else 0)
 
 
 def test_dense_layers_that_no_sparse_one_follows_stay(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +196,7 @@ def test_groups_between_sparse_layers_go_with_them() -> None:
     graph = mobile()
     assert graph.apply(lower_sparse_conv) == 3
     assert [n.args[7] for n in graph.nodes(SPARSE_CONV)] == [1, 48, 1]
-    assert "between" in graph.nodes(SPARSE_CONV)[1].meta[CHOICE].reason
+    assert "neighbours" in graph.nodes(SPARSE_CONV)[1].meta[CHOICE].reason
 
 
 @pytest.mark.parametrize("sides", [(0, 1), (1, 0)])
