@@ -39,7 +39,7 @@ def lower_sparse_conv(gm: GraphModule) -> int:
 
 
 def _conversion(tensor: Node) -> float:
-    """Cycles for each element that sparse layers take from others or give to others; an input may be as they like it."""
+    """Cycles for each element that sparse layers take from others or give to them; an input may be as they like it."""
     value: Tensor = tensor.meta["val"]
     is_as_liked = tensor.op == "placeholder" and value.dtype == torch.float32 and value.is_contiguous()
     return 0 if is_as_liked else choice.CONVERT

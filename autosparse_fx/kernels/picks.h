@@ -9,10 +9,24 @@ namespace {
 
 constexpr int64_t PADDING = -1;  // the position of a lane that is zero
 
+// Lanes from `first` to before `stop`, so many floats apart from `position` on; the others are zero.
+struct Run {
+  int64_t position, step, first, stop;
+};
+
+struct Positions {  // of the lanes
+  int64_t of[VL];
+  explicit Positions(const Run& run) {
+    std::fill(of, of + VL, PADDING);
+    for (int64_t i = run.first; i < run.stop; ++i) of[i] = run.position + (i - run.first) * run.step;
+  }
+};
+
 // One vector of columns: which floats of a row of the source its lanes are, for any number of rows. Nothing else is read.
 class Pick {
  public:
   explicit Pick(const int64_t* positions);  // [VL]
+  explicit Pick(const Run& run);
   Vec of(const float* row) const;
   int64_t first() const;  // about where it reads; PADDING where it reads nothing
   bool is_shift() const;  // whether `shifted` is the same as `of`
@@ -72,6 +86,26 @@ inline Pick::Pick(const int64_t* positions) : wanted_(0), from_second_(0), low_{
   if (is_shift && wanted_ != 0) from_[0] = shift;
   for (int w = 0; w < 2; ++w) lanes_[w] = _mm512_load_si512(lanes[w]);
   positions_ = _mm512_load_si512(all);
+}
+
+inline Pick::Pick(const Run& run)
+    : kind_(SCATTERED), wanted_(__mmask16((1u << run.stop) - (1u << run.first))), from_second_(0), low_{0, 0}, high_{0, 0},
+      from_{PADDING, PADDING}, lanes_{_mm512_setzero_si512(), _mm512_setzero_si512()} {
+  const __m512i numbers = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i behind = _mm512_mullo_epi32(_mm512_sub_epi32(numbers, _mm512_set1_epi32(int(run.first))),
+                                            _mm512_set1_epi32(int(run.step)));
+  positions_ = _mm512_maskz_add_epi32(wanted_, behind, _mm512_set1_epi32(int(run.position)));
+  if (run.step == 1 || wanted_ == 0) {
+    kind_ = SIDE_BY_SIDE;
+    if (wanted_ != 0) from_[0] = run.position - run.first;
+  } else if ((run.stop - run.first - 1) * run.step < 2 * VL) {
+    kind_ = ONE_WINDOW;
+    from_[0] = run.position;
+    lanes_[0] = _mm512_maskz_mov_epi32(wanted_, behind);
+    for (int64_t at = 0; at <= (run.stop - run.first - 1) * run.step; at += run.step) {
+      (at < VL ? low_ : high_)[0] |= __mmask16(1u << at % VL);
+    }
+  }
 }
 
 inline Vec Pick::of(const float* row) const {
@@ -145,6 +179,7 @@ inline Vec Pick::scattered(const float* row) const {
 
 #endif
 
+inline Pick::Pick(const Run& run) : Pick(Positions(run).of) {}
 inline bool Pick::is_shift() const { return is_shift_; }
 inline Vec Pick::of(const float* row) const { return is_shift_ ? shifted(row) : scattered(row); }
 
@@ -167,24 +202,43 @@ void find_picks(const Step& s, const char* data, const Place& x, Tile t, Pick* p
   const int64_t pixels = s.in_height * s.in_width;
   const bool is_beside = x.image_stride == pixels;  // one image of the source beside the other, in the same tiles
   for (int64_t start = t.column0; start < stop; start += VL, ++picks) {
-    int64_t image[VL], before[VL], y[VL], x0[VL], positions[VL];
     const int64_t columns = std::min<int64_t>(VL, stop - start);
-    for (int64_t i = 0; i < columns; ++i) {
-      const int64_t number = s.joint ? (start + i) / s.columns : 0, p = start + i - number * s.columns;
-      image[i] = is_beside ? 0 : number * x.image_stride;
-      before[i] = is_beside ? number * pixels : 0;
-      y[i] = s.stride_y * (p / s.out_width);
-      x0[i] = s.stride_x * (p % s.out_width);
-    }
-    std::fill(positions, positions + VL, PADDING);
+    int64_t image[VL], before[VL], y[VL], x0[VL], known = 0;
+    auto know = [&](int64_t lanes) {  // of so many lanes where the first tap but for the padding reads
+      for (; known < lanes; ++known) {
+        const int64_t number = s.joint ? (start + known) / s.columns : 0, p = start + known - number * s.columns;
+        image[known] = is_beside ? 0 : number * x.image_stride;
+        before[known] = is_beside ? number * pixels : 0;
+        y[known] = s.stride_y * (p / s.out_width);
+        x0[known] = s.stride_x * (p % s.out_width);
+      }
+    };
+    know(1);
+    const bool is_one_row = x0[0] / s.stride_x + columns <= s.out_width;
     for (int64_t k = 0; k < s.pick_count; ++k) {
+      Pick* pick = picks + k * vectors;
+      if (is_one_row) {
+        const int64_t row = y[0] + away[2 * k], column = x0[0] + away[2 * k + 1];
+        const bool is_outside = row < 0 || row >= s.in_height;
+        auto lanes_before = [&](int64_t end) { return end <= column ? 0 : (end - column - 1) / s.stride_x + 1; };
+        const int64_t last = is_outside ? 0 : std::min(columns, lanes_before(s.in_width));
+        const int64_t first = std::min(last, lanes_before(0));
+        const int64_t pixel = before[0] + row * s.in_width + column + first * s.stride_x;
+        if (first == last || x.in_a_row(pixel) > (last - first - 1) * s.stride_x) {
+          const int64_t position = first == last ? PADDING : image[0] + x.at(pixel);
+          new (pick) Pick(Run{position, s.stride_x * x.column_stride, first, last});
+          continue;
+        }
+      }
+      know(columns);
+      int64_t positions[VL];
+      std::fill(positions, positions + VL, PADDING);
       for (int64_t i = 0; i < columns; ++i) {
         const int64_t row = y[i] + away[2 * k], column = x0[i] + away[2 * k + 1];
-        const int64_t pixel = before[i] + row * s.in_width + column;
         const bool is_inside = row >= 0 && row < s.in_height && column >= 0 && column < s.in_width;
-        positions[i] = is_inside ? image[i] + x.at(pixel) : PADDING;
+        positions[i] = is_inside ? image[i] + x.at(before[i] + row * s.in_width + column) : PADDING;
       }
-      new (picks + k * vectors) Pick(positions);
+      new (pick) Pick(positions);
     }
   }
 }

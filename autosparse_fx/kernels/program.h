@@ -115,6 +115,11 @@ struct Place {  // where a buffer lies, for one image or for all images that are
     if (ring != 0) return column - ring_start < ring ? column - ring_start : column - ring_start - ring;
     return (tile_step == 0 ? 0 : column / row_stride * tile_step) + column * column_stride;
   }
+  // How many columns, from this one on, are `column_stride` apart.
+  int64_t in_a_row(int64_t column) const {
+    if (ring != 0) return ring - at(column);
+    return tile_step == 0 ? INT64_MAX : row_stride - column % row_stride;
+  }
 };
 
 }  // namespace
