@@ -58,7 +58,7 @@ def _choice(node: Node, scale: float, *, runs_code: bool) -> Choice:
         entries=int(weight.count_nonzero()),
         rows=weight.shape[0],
         depth=weight[0].numel(),
-        channels=weight.shape[1],
+        channels=weight.shape[1] * groups,
         columns=math.prod(node.meta["val"].shape[2:]),
         units=size_hint(node.meta["val"].shape[0]),
         is_plain=weight[0, 0].numel() == 1 and set(node.args[3]) == {1} and set(node.args[4]) == {0},  # type: ignore[arg-type]

@@ -95,9 +95,11 @@ inline Pick::Pick(const Run& run)
   const __m512i behind = _mm512_mullo_epi32(_mm512_sub_epi32(numbers, _mm512_set1_epi32(int(run.first))),
                                             _mm512_set1_epi32(int(run.step)));
   positions_ = _mm512_maskz_add_epi32(wanted_, behind, _mm512_set1_epi32(int(run.position)));
-  if (run.step == 1 || wanted_ == 0) {
+  if (run.first == run.stop) {
     kind_ = SIDE_BY_SIDE;
-    if (wanted_ != 0) from_[0] = run.position - run.first;
+  } else if (run.step == 1) {
+    kind_ = SIDE_BY_SIDE;
+    from_[0] = run.position - run.first;
   } else if ((run.stop - run.first - 1) * run.step < 2 * VL) {
     kind_ = ONE_WINDOW;
     from_[0] = run.position;
@@ -105,6 +107,10 @@ inline Pick::Pick(const Run& run)
     for (int64_t at = 0; at <= (run.stop - run.first - 1) * run.step; at += run.step) {
       (at < VL ? low_ : high_)[0] |= __mmask16(1u << at % VL);
     }
+  } else if (run.step <= 4) {
+    *this = Pick(Positions(run).of);  // two windows
+  } else {
+    from_[0] = run.position;
   }
 }
 

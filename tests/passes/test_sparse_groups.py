@@ -179,6 +179,22 @@ def test_dense_model_stays_dense_and_compiles_no_kernels(monkeypatch: pytest.Mon
     Captured(model, torch.randn(2, 64, 20, 20)).check_left_alone(lower_sparse_conv, "estimated")
 
 
+def test_dense_layers_by_themselves_stay_even_where_calling_them_costs_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a sparse layer elsewhere in the graph: by the estimate they would gain, but not by zeros."""
+
+    def forward(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        return m.a(x), m.c(F.relu(m.b(F.max_pool2d(x, 3, 1, 1))))
+
+    layers = {"a": conv(16, 16), "b": conv(16, 96, 1, 0), "c": conv(96, 16, 1, 0)}
+    model = prune(Function(forward, **layers))
+    for name in "bc":
+        nn.init.kaiming_normal_(layers[name].weight)
+    monkeypatch.setattr(choice, "CALL", 1e6)
+    graph = Captured(model, X)
+    assert lower_sparse_conv(graph.gm) == 1
+    assert sum("none gains by itself" in reason for reason in graph.reasons()) == 2
+
+
 # Groups.
 
 
