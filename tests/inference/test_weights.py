@@ -71,6 +71,15 @@ def test_writes_are_noticed(how: str, seen: Seen) -> None:
     assert seen.compilations == count  # only once for a write
 
 
+@pytest.mark.parametrize("how", ["add_", "assign", "parameter", "load_state_dict"])
+def test_writes_are_noticed_where_guards_on_modules_are_skipped(how: str, seen: Seen) -> None:
+    model = made()
+    fast = compiled(model, options={"guard_filter_fn": torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe})
+    before = check(fast, model, X)
+    writes(model)[how]()
+    assert not torch.equal(check(fast, model, X), before)
+
+
 def test_statistics_that_are_written_are_noticed() -> None:
     model, x = made("residual"), inputs_of("residual")
     fast = compiled(model)
