@@ -114,7 +114,7 @@ def test_a_ring_holds_what_a_window_reads() -> None:
 # What they compute.
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("mode", ["grid", "gathered", "depthwise"])
 @pytest.mark.parametrize(
     ("kernel", "stride", "padding", "dilation"), [(3, 1, 1, 1), (3, 2, 1, 1), (5, 2, 0, 1), (3, 1, 4, 2), (1, 3, 0, 1)]

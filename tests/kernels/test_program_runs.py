@@ -158,7 +158,7 @@ def test_program_that_grew_takes_more_memory() -> None:
 # Whatever comes.
 
 
-@pytest.mark.parametrize("seed", range(80))
+@pytest.mark.parametrize("seed", range(60))
 def test_random_programs(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if seed % 2:
         monkeypatch.setattr(memory, "STAYS", 0)  # chains of small images too
