@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from autosparse_fx.kernels.chains import find_chains, ring_columns
 from autosparse_fx.kernels.library import library
-from autosparse_fx.kernels.memory import find_chains, images_in_buffers, layout_of, place, ring_columns, tiled_buffers
+from autosparse_fx.kernels.memory import images_in_buffers, layout_of, place, tiled_buffers
 from autosparse_fx.kernels.step_writer import Blob, StepWriter
 from autosparse_fx.kernels.steps import BUFFER_KINDS, MOST_IMAGES, Buffer, Machine, Step, Window
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from kernels.compare import Net, machine, poison, sparse, threads
 
-from autosparse_fx.kernels import memory
-from autosparse_fx.kernels.memory import Chain, find_chains, ring_columns
+from autosparse_fx.kernels import chains
+from autosparse_fx.kernels.chains import Chain, find_chains, ring_columns
+from autosparse_fx.kernels.memory import tiled_buffers
 from autosparse_fx.kernels.step_writer import StepWriter
 from autosparse_fx.kernels.steps import Buffer, Layout, Step, Window
 
@@ -16,7 +17,7 @@ from autosparse_fx.kernels.steps import Buffer, Layout, Step, Window
 @pytest.fixture
 def nothing_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chains of small images too, as of such as no cache keeps."""
-    monkeypatch.setattr(memory, "STAYS", 0)
+    monkeypatch.setattr(chains, "STAYS", 0)
 
 
 def inverted_residual(size: int, wide: int, stride: int = 1) -> tuple[list[Step], list[Buffer]]:
@@ -38,18 +39,18 @@ def inverted_residual(size: int, wide: int, stride: int = 1) -> tuple[list[Step]
 def chains_of(steps: Sequence[Step], buffers: Sequence[Buffer], images: int = 0) -> list[Chain]:
     steps = [replace(step, layout=Layout(is_coded=False)) for step in steps]  # all tiles equally wide
     writers = [StepWriter(step, machine(), images=images) for step in steps]
-    tiled = memory.tiled_buffers(writers, buffers)
+    tiled = tiled_buffers(writers, buffers)
     for writer in writers:
         if writer.mode == "plain" and writer.step.source in tiled:
             writer.read_tiles()
-    chains = find_chains(writers, buffers)
-    for number, columns in ring_columns(writers, buffers, chains).items():
+    found = find_chains(writers, buffers)
+    for number, columns in ring_columns(writers, buffers, found).items():
         assert buffers[number].kind == "arena" and columns % writers[number - 1].width == 0
-    return chains
+    return found
 
 
-def lengths(chains: Sequence[Chain]) -> list[tuple[int, int]]:
-    return [(chain.length, chain.window - chain.first if chain.window >= 0 else -1) for chain in chains]
+def lengths(found: Sequence[Chain]) -> list[tuple[int, int]]:
+    return [(chain.length, chain.window - chain.first if chain.window >= 0 else -1) for chain in found]
 
 
 # Which steps make a chain.
@@ -104,11 +105,11 @@ def test_a_ring_holds_what_a_window_reads() -> None:
         writers.append(StepWriter(Step(source, source + 1, weight, torch.zeros(32), window, groups, vectors=vectors),
                                   machine()))  # fmt: skip
     buffers = [Buffer(kind, c, 64 * 64) for kind, c in (("input", 8), ("arena", 32), ("output", 32))]
-    chains = find_chains(writers, buffers)
-    assert lengths(chains) == [(2, 1)]
-    assert chains[0].reads is not None
-    assert chains[0].reads[[0, 1, -1]].tolist() == [[0, 2], [0, 3], [30, 32]]
-    assert ring_columns(writers, buffers, chains) == {1: 3 * 128}
+    found = find_chains(writers, buffers)
+    assert lengths(found) == [(2, 1)]
+    assert found[0].reads is not None
+    assert found[0].reads[[0, 1, -1]].tolist() == [[0, 2], [0, 3], [30, 32]]
+    assert ring_columns(writers, buffers, found) == {1: 3 * 128}
 
 
 # What they compute.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernels.compare import poison, random_net, threads
 
-from autosparse_fx.kernels import memory
+from autosparse_fx.kernels import chains
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
@@ -22,6 +22,6 @@ def test_program_computes_what_its_layers_do(
     net, outputs = random_net(rng)
     with threads(count), pytest.MonkeyPatch.context() as patch:
         if not stays:
-            patch.setattr(memory, "STAYS", 0)  # chains of small images too
+            patch.setattr(chains, "STAYS", 0)  # chains of small images too
         poison()
         net.check(outputs, batch, channels_last=channels_last)

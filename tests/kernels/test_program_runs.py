@@ -12,7 +12,7 @@ import torch
 from kernels.compare import ACTIVATIONS, Net, assert_close, machine, poison, random_net, run_guarded, sparse, threads
 from torch import Tensor
 
-from autosparse_fx.kernels import memory
+from autosparse_fx.kernels import chains
 from autosparse_fx.kernels.program import Buffer, Step, Window, assemble
 from autosparse_fx.kernels.steps import Layout
 
@@ -161,7 +161,7 @@ def test_program_that_grew_takes_more_memory() -> None:
 @pytest.mark.parametrize("seed", range(60))
 def test_random_programs(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if seed % 2:
-        monkeypatch.setattr(memory, "STAYS", 0)  # chains of small images too
+        monkeypatch.setattr(chains, "STAYS", 0)  # chains of small images too
     rng = random.Random(seed)
     torch.manual_seed(seed)
     net, outputs = random_net(rng)
