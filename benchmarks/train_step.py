@@ -234,18 +234,20 @@ def print_table(results: dict[str, Any]) -> None:
         f"{'heap kept, ' if results.get('heap kept') else ''}torch "
         f"{results['versions']['torch']}, {results['machine']['device']}, {results['machine']['threads']} threads\n"
     )
-    print("| variant | step, ms | against | step ratio | saved bytes ratio | peak memory ratio | cold compile ratio |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    columns = ["variant", "step, ms", "against", "step ratio", "saved bytes ratio", "peak memory ratio"]
+    columns += ["cold compile, s", "ratio", "warm, s"]
+    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
     for name, found in results["variants"].items():
         other = results["variants"].get(found.get("against"), {})
-        cold, base = found["compile"].get("cold"), other.get("compile", {}).get("cold")
-        columns = [name, f"{1000 * found['seconds']:.1f}", "", "", "", "", ""]
+        cold, warm, base = *map(found["compile"].get, ("cold", "warm")), other.get("compile", {}).get("cold")
+        cells = [name, f"{1000 * found['seconds']:.1f}", *[""] * (len(columns) - 2)]
         if other and other is not found:
-            columns[2:4] = [found["against"], f"{found['step_ratio']:.3f}"]
-            columns[4] = f"{found['saved_bytes'] / max(1, other['saved_bytes']):.3f}"
-            columns[5] = f"{found['peak_bytes'] / other['peak_bytes']:.3f}" if "peak_bytes" in found else ""
-            columns[6] = f"{cold / base:.2f}" if cold and base else ""
-        print(f"| {' | '.join(columns)} |")
+            cells[2:4] = [found["against"], f"{found['step_ratio']:.3f}"]
+            cells[4] = f"{found['saved_bytes'] / max(1, other['saved_bytes']):.3f}"
+            cells[5] = f"{found['peak_bytes'] / other['peak_bytes']:.3f}" if "peak_bytes" in found else ""
+            cells[7] = f"{cold / base:.2f}" if cold and base else ""
+        cells[6], cells[8] = (f"{seconds:.1f}" if seconds else "" for seconds in (cold, warm))
+        print(f"| {' | '.join(cells)} |")
     for name, found in results["variants"].items():
         if "steering_share" in found:
             print(f"\n{name}: steering adds {found['steering_share']:.2%} of a step")
@@ -277,6 +279,8 @@ def main() -> None:
         return
     if args.compile_rounds < 1:
         parser.error("--compile-rounds must be at least 1")
+    if unknown := set(args.variant or ()) - set(variants(args.mode)):
+        parser.error(f"--variant {sorted(unknown)}: there are {', '.join(variants(args.mode))}")
     args.batch_size = args.batch_size or BATCHES[args.model]
     if args.keep_heap:
         keep_heap()
