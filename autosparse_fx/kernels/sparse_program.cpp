@@ -21,6 +21,7 @@
 #include "columns.h"
 #include "program.h"
 #include "rows.h"
+#include "shares.h"
 #include "threads.h"
 
 // Whether programs may hold machine code of machine_code.py.
@@ -65,33 +66,6 @@ void run_tile(const Step& s, const char* data, const Place& x, const Place& y, c
   }
 }
 
-// How the tiles of a step are shared by a team: side by side, and in rows where there are too few.
-class Share {
- public:
-  int64_t row_parts = 1;
-  Share(const Step& s, int64_t columns, int64_t member, int64_t team) {
-    const int64_t width = s.vectors * VL, tiles = (columns + width - 1) / width;
-    while (row_parts < team && (tiles * row_parts) % team != 0 && tiles < 4 * team) ++row_parts;
-    first_ = tiles * row_parts * member / team;
-    stop_ = tiles * row_parts * (member + 1) / team;
-  }
-  int64_t first_tile() const { return first_ / row_parts; }
-  int64_t stop_tile() const { return (stop_ + row_parts - 1) / row_parts; }
-  // The member's rows of a tile.
-  std::pair<int64_t, int64_t> rows(const Step& s, const char* data, int64_t tile) const {
-    const int64_t* cost = reinterpret_cast<const int64_t*>(data + s.row_cost);
-    const int64_t before = tile * row_parts;
-    auto cut = [&](int64_t k) {
-      if (k == 0 || k == row_parts) return k == 0 ? int64_t(0) : s.rows;
-      return int64_t(std::lower_bound(cost, cost + s.rows, cost[s.rows] * k / row_parts) - cost);
-    };
-    return {cut(std::max(first_ - before, int64_t(0))), cut(std::min(stop_ - before, row_parts))};
-  }
-
- private:
-  int64_t first_, stop_;  // parts of tiles
-};
-
 struct Places {
   Place source, target, residual;
 };
@@ -126,8 +100,9 @@ extern "C" int64_t make_executable(void* program, int64_t bytes) {
 
 // inputs, outputs: float32, [batch, channels, ...] images, or [batch, channels] tokens. batch: images or tokens.
 // is_channels_last: of each input, whether its channels are contiguous; only for those that are read in the modes
-// PLAIN, and PICKED for a single tap. seconds: of each step, what it took one of the threads is added to it, with what that thread waited
-// for others afterwards; or null. False for a copy of a program with machine code, in memory that cannot be executed.
+// PLAIN, and PICKED for a single tap. seconds: of each step, what it took one of the threads is added to it, with what
+// that thread waited for others afterwards; or null. False for a copy of a program with machine code, in memory that
+// cannot be executed.
 extern "C" bool run_sparse_program(const char* data, const float* const* inputs, const bool* is_channels_last,
                                    float* const* outputs, int64_t batch, int64_t threads, double* seconds) {
   const Header& h = *reinterpret_cast<const Header*>(data);
@@ -171,25 +146,8 @@ extern "C" bool run_sparse_program(const char* data, const float* const* inputs,
       work();
       timed[step - steps] += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     };
-    const Step *stop = begin + begin->chain, *last = stop - 1;
-    while (last != begin && last->reads == 0) --last;  // the one that reads several tiles, or the first
-    auto share_of = [&](int64_t who) { return Share(*last, columns_of(*last), who, team); };
-    const int64_t* reads = reinterpret_cast<const int64_t*>(data + last->reads);
-    Share share = share_of(member);
-    bool is_split = share.row_parts > 1;  // the next step needs rows of other members
-    if (last != begin && team > 1) {  // or members would compute too much of the steps before that others compute as well
-      int64_t made = 0, width = begin->vectors * VL;
-      for (int64_t who = 0; who < team; ++who) {
-        const Share other = share_of(who);
-        const int64_t first = other.first_tile(), end = other.stop_tile();
-        if (first < end) made += reads[2 * (end - 1) + 1] - reads[2 * first];
-      }
-      is_split = is_split || 4 * made > 5 * ((columns_of(*begin) + width - 1) / width);
-    }
-    if (is_split) {
-      last = begin, stop = begin + 1;
-      share = share_of(member);
-    }
+    const auto [last, stop, share] = part_of(begin, data, columns_of, member, team);
+    const int64_t* reads = tiles_read(*last, data);
     char* own = stop - begin > 1 ? arena_memory.get(h.arena_bytes) : nullptr;
     auto run = [&](const Step* s, int64_t tile, std::pair<int64_t, int64_t> rows, int64_t ring_start = 0) {
       // What the first step reads is from before the chain.
