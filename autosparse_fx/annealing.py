@@ -13,11 +13,12 @@ from autosparse_fx.attach import masked_modules
 from autosparse_fx.consistency import refuse_broken_ties
 from autosparse_fx.decay import annealed_alpha
 from autosparse_fx.history import RECORDS, History
-from autosparse_fx.masked import ALPHA, alpha_of, full_logit, reset_mask, stored_weight
+from autosparse_fx.masked import ALPHA, MaskedModule, alpha_of, full_logit, reset_mask, stored_weight
 from autosparse_fx.optimizers import (
     check_momentum_can_be_cleared,
     clear_momentum_of_masked,
     optimizer_steps,
+    unwrapped,
     warn_of_late_weights,
     warn_of_untrained_parameters,
 )
@@ -29,7 +30,7 @@ __all__ = ["GradientAnnealing"]
 MAX_STEPS_BETWEEN_SHIFTS = 20
 MAX_HELD_CALLS = 20  # of step() in a row that may have come after no optimizer step: GradScaler seldom skips as many
 
-_annealers: "weakref.WeakKeyDictionary[Plan, weakref.ref[GradientAnnealing]]" = weakref.WeakKeyDictionary()
+_annealers: "weakref.WeakKeyDictionary[Plan, weakref.WeakSet[GradientAnnealing]]" = weakref.WeakKeyDictionary()
 
 
 class GradientAnnealing:
@@ -38,6 +39,9 @@ class GradientAnnealing:
     After step ``i`` of ``total_steps`` alpha is ``config.alpha * decay(i / total_steps)``, and exactly 0 from
     ``config.alpha_end`` on (Gradient Annealing, arXiv:2304.06941, per step instead of per epoch). With a target, all
     thresholds that share it move together to the scheduled sparsity, up to every 20 steps (see ``steering.py``).
+    Parts of a model that step apart (the two networks of a GAN) may each have an annealer, given the part and its
+    optimizer; alpha is common to all that one ``sparsify`` prepared, so what is to be annealed at a pace of its own is
+    to be prepared on its own.
 
     Args:
         model: what ``sparsify`` returned, or any module around it.
@@ -56,11 +60,12 @@ class GradientAnnealing:
     Raises:
         ValueError: if the model is not sparse, ``total_steps`` is not positive, weights were tied or untied outside of
             ``dense_weights``, or momentum is to be cleared without an optimizer or in sharded weights.
-        TypeError: if ``optimizer`` is not an optimizer.
+        TypeError: if ``optimizer`` is not an optimizer, or a wrapper that hides the hooks of the one in it.
 
     Warns:
-        UserWarning: if a layer joined the model after ``sparsify``, and so is dense; and at the second step, if masked
-            weights or thresholds are in none of the optimizers that have stepped by then.
+        UserWarning: if a layer joined the model after ``sparsify``, and so is dense; if an annealer of more of the
+            model is stopped for this one; and at the second step, if masked weights or thresholds are in none of the
+            optimizers that have stepped by then.
     """
 
     def __init__(
@@ -83,8 +88,8 @@ class GradientAnnealing:
                 "parts of the model were prepared with different configurations, and alpha is one for the whole model: "
                 "sparsify the whole model once, with rules for its parts"
             )
-        if optimizer is not None and not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if optimizer is not None:
+            optimizer = unwrapped(optimizer)
         if clear_momentum:
             check_momentum_can_be_cleared(modules, optimizer)
         refuse_broken_ties(model)
@@ -101,6 +106,8 @@ class GradientAnnealing:
         self._held_calls = 0
         self._sees_steps: bool | None = None  # unknown until the first that it sees, or should have seen
         self._checks: list[_DeferredCheck] = []
+        self._unchecked_steps = 2
+        self._optimizer = optimizer
         self._handle: Any = None
         self._clears_momentum = clear_momentum
         for _, module in modules:
@@ -108,19 +115,47 @@ class GradientAnnealing:
                 if module._autosparse.weights[slot.name].provisional:
                     reset_mask(module, slot)
                     module._autosparse.weights[slot.name].provisional = False  # from here on they are trained
-        for plan in self._plans:
-            previous = _annealers[plan]() if plan in _annealers else None
-            if previous is not None:
-                previous.detach()
-            _annealers[plan] = weakref.ref(self)
+        self._replace_earlier()
         self.continue_history(History())
+        self._attach()
+        self._versions = self._weight_versions() if optimizer is None else None
+        self._write_alpha()
+
+    def _replace_earlier(self) -> None:
+        """Stop the annealers of modules that this one takes over."""
+        own = {id(module) for _, module in self._modules}
+        for plan in self._plans:
+            annealers = _annealers.setdefault(plan, weakref.WeakSet())
+            for earlier in list(annealers):
+                theirs = earlier._masked()
+                left = [name for name, module in theirs if id(module) not in own]
+                if theirs and len(left) == len(theirs):
+                    continue
+                if left and earlier._handle is not None:
+                    warnings.warn(
+                        f"the annealer of {len(theirs)} masked modules is stopped, because a new one takes over some "
+                        f"of them: the others ('{left[0]}', {len(left)} in all) are no longer annealed or steered; "
+                        "give each annealer a part of the model of its own, or one the whole model",
+                        stacklevel=4,
+                    )
+                earlier.detach()
+                annealers.discard(earlier)
+            annealers.add(self)
+
+    def _attach(self) -> None:
         optimizer_steps.start()
         self._optimizer_steps_before = optimizer_steps.count
-        if optimizer is not None:
-            self._handle = optimizer.register_step_post_hook(self._after_optimizer_step)
-        self._versions = self._weight_versions() if optimizer is None else None
+        if self._optimizer is not None:
+            self._handle = self._optimizer.register_step_post_hook(self._after_optimizer_step)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handle": None, "_checks": []}  # optimizers leave their hooks behind, too
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
         self._unchecked_steps = 2
-        self._write_alpha()
+        self._replace_earlier()
+        self._attach()
 
     @property
     def steps(self) -> int:
@@ -176,7 +211,7 @@ class GradientAnnealing:
         """Stop counting the optimizer's steps. A new annealer for the same model does this to the one before it."""
         if self._handle is not None:
             self._handle.remove()
-            self._handle = None
+            self._optimizer = self._handle = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs, and the history; thresholds and offsets are in the model's own state_dict."""
@@ -209,6 +244,7 @@ class GradientAnnealing:
                 f"the history in the annealer's state is damaged ({error!r}): save annealer.state_dict()"
             ) from error
         self._count = steps
+        self._checks = []  # of shifts that are undone
         if history is not None:
             self.continue_history(history)
         for plan in self._plans:
@@ -225,7 +261,7 @@ class GradientAnnealing:
     def _after_optimizer_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         self._advance()
         if self._clears_momentum:
-            clear_momentum_of_masked(optimizer, self._modules)
+            clear_momentum_of_masked(optimizer, self._masked())
 
     def _advance(self) -> None:
         if self._count >= self.total_steps:
@@ -278,9 +314,9 @@ class GradientAnnealing:
             alpha.fill_(self.alpha)
 
     def _steer(self) -> None:
-        for check in self._checks:
+        checks, self._checks = self._checks, []
+        for check in checks:
             check.raise_if_failed()
-        self._checks = []
         final = self._count == self.total_steps
         for (target, _), weights in steered_groups(m for _, m in self._modules).items():
             sparsity = scheduled_sparsity(target, self._config.ramp_end, self._count / self.total_steps)
@@ -292,14 +328,19 @@ class GradientAnnealing:
                 exact=final or self._settling(),
             )
             self._checks.append(_DeferredCheck(finite, weights, target))
-        for check in self._checks:
-            if final or not check.on_device:
-                check.raise_if_failed()
+        now = [check for check in self._checks if final or not check.on_device]
+        self._checks = [check for check in self._checks if check not in now]
+        for check in now:
+            check.raise_if_failed()
+
+    def _masked(self) -> list[tuple[str, MaskedModule]]:
+        """Its modules but for those that were finalized."""
+        return [(name, module) for name, module in self._modules if isinstance(module, MaskedModule)]
 
     def _weight_versions(self) -> tuple[int, int]:
         """What changes when a weight is written to; fused optimizers do so without counting it as a write."""
         writes = sum(
-            stored_weight(module, slot)._version for _, module in self._modules for slot in module._autosparse_slots
+            stored_weight(module, slot)._version for _, module in self._masked() for slot in module._autosparse_slots
         )
         return writes, optimizer_steps.count
 

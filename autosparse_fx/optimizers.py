@@ -81,6 +81,25 @@ def param_groups(
     return [others, own]
 
 
+def unwrapped(optimizer: object) -> Optimizer:
+    """The optimizer that has hooks: accelerate's wrapper is one by inheritance only, and steps the one in it.
+
+    Raises:
+        TypeError: if it is no optimizer, or one whose hooks are out of reach.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    hooks, found = "_optimizer_step_post_hooks", optimizer
+    while not hasattr(found, hooks) and isinstance(inner := getattr(found, "optimizer", None), Optimizer):
+        found = inner
+    if not hasattr(found, hooks):
+        raise TypeError(
+            f"{type(optimizer).__name__} has no step hooks (it does not call torch.optim.Optimizer.__init__): pass the "
+            "optimizer that it wraps, or none, and call step() of the annealer after each of its steps"
+        )
+    return found
+
+
 def warn_of_late_weights(model: nn.Module) -> None:
     late = late_weights(model, plans_of(model))
     if late:

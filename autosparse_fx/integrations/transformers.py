@@ -106,7 +106,7 @@ class AutoSparseCallback(TrainerCallback, ExportableState):
             saved = saved[-1]
         self._run.begin(
             model,
-            [_unwrapped(optimizer)],
+            [optimizer],
             total_steps,
             step=state.global_step,
             saved=None if saved is None else saved["attributes"]["resumed"],
@@ -156,13 +156,6 @@ class AutoSparseCallback(TrainerCallback, ExportableState):
             "args": {"finalize": self._run.finalize, "total_steps": self._run.total_steps, **fields},
             "attributes": {"resumed": self._run.state()},
         }
-
-
-def _unwrapped(optimizer: Optimizer) -> Optimizer:
-    """The optimizer inside accelerate's, which is one by inheritance only and has no hooks."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
-    return optimizer
 
 
 def _go_first(callback: AutoSparseCallback) -> None:

@@ -1,0 +1,152 @@
+"""Annealers of parts of a model, copies of annealers, wrapped optimizers, and what is left of one after an error."""
+
+import copy
+import math
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+import reference
+import torch
+from annealers import alpha_of, one_step, sgd, sparse_mlp
+from torch import nn
+from torch.optim import Optimizer
+
+import autosparse_fx
+from autosparse_fx import AutoSparse, GradientAnnealing
+from autosparse_fx.steering import TOLERANCE
+
+
+class Pair(nn.Module):
+    """Two networks that are trained against each other, each by an optimizer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator, self.critic = reference.mlp(), reference.mlp()
+
+
+def test_parts_of_one_model_have_annealers_of_their_own() -> None:
+    pair = autosparse_fx.sparsify(Pair(), AutoSparse(target_sparsity=0.8))
+    parts = pair.generator, pair.critic
+    optimizers = [sgd(part) for part in parts]
+    annealers = [GradientAnnealing(part, 60, o) for part, o in zip(parts, optimizers, strict=True)]
+    for _ in range(60):
+        for part, optimizer in zip(parts, optimizers, strict=True):
+            one_step(part, optimizer)
+    assert [annealer.steps for annealer in annealers] == [60, 60]
+    for part in parts:
+        assert autosparse_fx.sparsity(part) == pytest.approx(0.8, abs=TOLERANCE)
+    assert alpha_of(pair) == 0.0
+
+
+def test_an_annealer_that_takes_over_a_part_says_that_the_rest_is_left() -> None:
+    pair = autosparse_fx.sparsify(Pair())
+    optimizer = sgd(pair)
+    whole = GradientAnnealing(pair, 10, optimizer)
+    with pytest.warns(UserWarning, match=r"annealer of 6 masked modules is stopped.*'generator\.0', 3 in all"):
+        part = GradientAnnealing(pair.critic, 10, optimizer)
+    one_step(pair.critic, optimizer)
+    assert (whole.steps, part.steps) == (0, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GradientAnnealing(pair, 10, optimizer)  # takes over all that the part has
+
+
+def poisoned(model: nn.Module) -> dict[str, Any]:
+    """The state of a model, of which a weight is then NaN."""
+    state = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        model[0]._parameters["weight"].fill_(math.nan)
+    return state
+
+
+@pytest.mark.parametrize("cure", ["checkpoint", "weights"])
+def test_training_goes_on_after_a_failure_that_was_cured(cure: str) -> None:
+    model = sparse_mlp(target_sparsity=0.5)
+    optimizer = sgd(model)
+    annealer = GradientAnnealing(model, 20, optimizer)
+    for _ in range(5):
+        one_step(model, optimizer)
+    saved, state = annealer.state_dict(), poisoned(model)
+    with pytest.raises(RuntimeError, match="holds NaN"):
+        one_step(model, optimizer)
+    optimizer.zero_grad()
+    model.load_state_dict(state)
+    if cure == "checkpoint":
+        annealer.load_state_dict(saved)
+    while annealer.steps < 20:
+        one_step(model, optimizer)
+    assert autosparse_fx.sparsity(model) == pytest.approx(0.5, abs=TOLERANCE)
+
+
+@pytest.mark.filterwarnings("ignore:finalize")
+@pytest.mark.parametrize("steps", [3, 10])
+@pytest.mark.parametrize("by_hook", [True, False])
+def test_a_finalized_model_trains_on_with_its_annealer(by_hook: bool, steps: int) -> None:
+    model = sparse_mlp()
+    optimizer = sgd(model, momentum=0.9)
+    annealer = GradientAnnealing(model, 10, optimizer if by_hook else None, clear_momentum=by_hook)
+
+    def step() -> None:
+        one_step(model, optimizer)
+        if not by_hook:
+            annealer.step()
+
+    for _ in range(steps):
+        step()
+    autosparse_fx.finalize(model)
+    before = model[0].weight.detach().clone()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the optimizer steps past")
+        warnings.filterwarnings("ignore", ".*although no weight has changed")
+        step()
+    assert not torch.equal(model[0].weight, before)
+
+
+class Wrapper(Optimizer):
+    """As accelerate wraps an optimizer: one by inheritance only."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def step(self, closure: Any = None) -> None:
+        self.optimizer.step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none)
+
+
+def test_the_optimizer_in_a_wrapper_is_followed() -> None:
+    model = sparse_mlp()
+    optimizer = Wrapper(sgd(model))
+    annealer = GradientAnnealing(model, 10, optimizer)
+    one_step(model, optimizer)
+    assert annealer.steps == 1
+
+
+def test_a_wrapper_that_hides_its_optimizer_is_refused_and_changes_nothing() -> None:
+    model = sparse_mlp()
+    optimizer = sgd(model)
+    annealer = GradientAnnealing(model, 10, optimizer)
+    hidden = Wrapper(optimizer)
+    hidden.inner = vars(hidden).pop("optimizer")
+    with pytest.raises(TypeError, match=r"Wrapper has no step hooks.*pass the optimizer that it wraps"):
+        GradientAnnealing(model, 10, hidden)
+    one_step(model, optimizer)
+    assert annealer.steps == 1
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_a_copy_of_the_whole_training_goes_on_by_itself(copied: Any) -> None:
+    model = sparse_mlp(target_sparsity=0.5)
+    optimizer = sgd(model)
+    annealer = GradientAnnealing(model, 20, optimizer)
+    one_step(model, optimizer)
+    its_model, its_optimizer, its_annealer = copied((model, optimizer, annealer))
+    for _ in range(2):
+        one_step(its_model, its_optimizer)
+    assert (annealer.steps, its_annealer.steps) == (1, 3)
+    one_step(model, optimizer)
+    assert (annealer.steps, its_annealer.steps) == (2, 3)
+    assert alpha_of(its_model) < alpha_of(model)
