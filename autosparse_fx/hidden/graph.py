@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -67,6 +68,19 @@ def _may_be_masked(parameter: nn.Parameter) -> bool:
     return parameter.requires_grad or masks.hidden_mask(parameter) is not None
 
 
+@dataclass(frozen=True)
+class _Known:
+    """What was looked up for the weights of a call, and serves the next ones with the same weights."""
+
+    version: int
+    weights: list[Callable[[], Any]]
+    state: list[Tensor]
+    masks: tuple[HiddenMask, ...]
+
+    def holds_for(self, weights: Sequence[nn.Parameter]) -> bool:
+        return self.version == masks.version() and all(r() is w for r, w in zip(self.weights, weights))  # noqa: B905
+
+
 class MaskedCall:
     """Calls a compiled graph with the thresholds, offsets and alphas of the weights that it is called with.
 
@@ -81,10 +95,8 @@ class MaskedCall:
         self._shapes: list[tuple[int, ...]] = []
         self._axes: list[int] = []
         self._compiled: Callable[..., Any] | None = None
-        self._known: tuple[int, list[Callable[[], Any]]] | None = None
+        self._known: _Known | None = None
         self._examples: list[Tensor] = []
-        self._state: list[Tensor] = []
-        self._masks: tuple[HiddenMask, ...] = ()
         by_name = {node.name: node for node in gm.graph.nodes}
         for node in placeholders:
             name, field = node.meta.get(STATE, (None, None))
@@ -118,16 +130,16 @@ class MaskedCall:
     def __call__(self, *args: Any) -> Any:
         assert self._compiled is not None
         weights = self._weights(args)
-        known = self._known
-        if known is None or known[0] != masks.version() or any(r() is not w for r, w in zip(known[1], weights)):  # noqa: B905
+        known = self._known  # once, since threads call a graph for weights of their own
+        if known is None or not known.holds_for(weights):
             if any(isinstance(weight, FakeTensor) for weight in weights):  # DDPOptimizer, which asks for output strides
                 return self._compiled(*args, *self._examples)
-            self._state = self._look_up(weights)
-            self._masks = tuple(mask for mask in map(masks.hidden_mask, weights) if mask is not None)
-            self._known = (masks.version(), [weakref.ref(weight) for weight in weights])
+            state = self._look_up(weights)
+            found = tuple(mask for mask in map(masks.hidden_mask, weights) if mask is not None)
+            known = self._known = _Known(masks.version(), [weakref.ref(weight) for weight in weights], state, found)
         if torch.is_grad_enabled():
-            masks.note_use(self._masks)
-        return self._compiled(*args, *self._state)
+            masks.note_use(known.masks)
+        return self._compiled(*args, *known.state)
 
     def _weights(self, args: Sequence[Any]) -> list[nn.Parameter]:
         return [args[source] if isinstance(source, int) else source for source in self._sources]

@@ -47,6 +47,8 @@ class HiddenMask:
 
     def holder(self, parameter: nn.Parameter, name: str = "weight") -> MaskedModule:
         """A masked module around the weight, under ``name`` in it, for all code that works on those."""
+        with torch.inference_mode(False):
+            _follow(self, parameter.device)
         slot = Slot(name, self.axis)
         module = nn.Module()
         holds_only_for_us(module)
@@ -212,6 +214,7 @@ def _follow(mask: HiddenMask, device: torch.device) -> None:
         key: value.to(device) if isinstance(value, Tensor) and value.dim() else value
         for key, value in mask.optimizer_state.items()
     }
+    registry.members += 1  # what trains it holds the state as it was
     touch()
 
 

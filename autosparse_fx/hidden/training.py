@@ -104,6 +104,7 @@ class _Run:
             return
         for group, index in zip(self._twin.param_groups, self._groups, strict=True):
             group.update(_settings(optimizer.param_groups[index]))
+        _place_steps(self._twin)
         last, self._tick = self._tick, masks.tick()
         scale = getattr(optimizer, "grad_scale", None)  # GradScaler lets fused optimizers unscale by themselves
         for parameter, mask in self._held:
@@ -165,8 +166,18 @@ def _settings(group: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key not in ("params", "param_names")}
 
 
-def _signature(optimizer: Optimizer) -> tuple[int, ...]:
-    return masks.membership(), *(len(group["params"]) for group in optimizer.param_groups)
+def _place_steps(twin: Optimizer) -> None:
+    """Have the count of steps where fused and capturable optimizers want it, as ``Optimizer.load_state_dict`` does."""
+    for group in twin.param_groups:
+        if group.get("fused") or group.get("capturable"):
+            for threshold in group["params"]:
+                state = twin.state.get(threshold, {})
+                if isinstance(step := state.get("step"), Tensor) and step.device != threshold.device:
+                    state["step"] = step.to(threshold.device, torch.float32)
+
+
+def _signature(optimizer: Optimizer) -> tuple[object, ...]:
+    return masks.membership(), *(tuple(map(id, group["params"])) for group in optimizer.param_groups)
 
 
 def _twin(optimizer: Optimizer, groups: list[dict[str, Any]]) -> Optimizer:

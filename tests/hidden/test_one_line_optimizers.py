@@ -15,6 +15,7 @@ from hidden.one_line import (
     both,
     masked_output,
     net,
+    sgd,
     start,
     state_of,
 )
@@ -23,6 +24,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RAdam, RMSp
 
 import autosparse_fx
 from autosparse_fx import AutoSparse
+from autosparse_fx.hidden import masks, training
 from autosparse_fx.hidden.masks import hidden_mask
 
 pytestmark = pytest.mark.usefixtures("eager_graphs")
@@ -235,3 +237,54 @@ def test_a_fused_optimizer_goes_on_without_the_scaler_that_skipped_its_last_step
         scaled_step(run, torch.amp.GradScaler("cpu", init_scale=16.0), scale=torch.inf)
         run.steps(5)
     assert_same(*runs)
+
+
+@pytest.mark.filterwarnings("ignore:no optimizer that has taken a step")
+def test_groups_whose_parameters_are_exchanged_train_and_steer_what_they_hold() -> None:
+    """As where layers are trained in turn: as many parameters as before, and others."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(16, 16) for _ in range(2)))
+    step = torch.compile(model, backend="autosparse", options={"total_steps": 8, "target_sparsity": 0.5})
+    optimizer = SGD(model[0].parameters(), lr=0.1)
+    x = torch.randn(8, 16)
+    for layer in (0, 1, 0, 1):
+        optimizer.param_groups[0]["params"] = list(model[layer].parameters())
+        before = [float(hidden_mask(m.weight).offset) if hidden_mask(m.weight) else None for m in model]
+        for _ in range(2):
+            step(x).square().mean().backward()
+            optimizer.step()
+            model.zero_grad()
+        after = [float(hidden_mask(m.weight).offset) for m in model]
+        assert after[layer] != before[layer]
+        assert before[1 - layer] is None or after[1 - layer] == before[1 - layer]
+
+
+def test_a_count_of_steps_goes_where_fused_optimizers_want_it() -> None:
+    """As after a state that was loaded on another device; the meta device stands for a GPU."""
+    threshold = torch.nn.Parameter(torch.zeros(1, device="meta"))
+    for options, device in (({"fused": None}, "cpu"), ({"capturable": True}, "meta")):
+        twin = Adam([threshold])
+        twin.param_groups[0].update(options)
+        twin.state[threshold]["step"] = torch.tensor(3.0)
+        training._place_steps(twin)
+        assert twin.state[threshold]["step"].device.type == device
+
+
+@pytest.mark.gpu
+def test_masks_follow_a_weight_to_its_device_and_are_trained_there_anew() -> None:
+    model = net()
+    compiled = torch.compile(model, backend="autosparse", options={"total_steps": 8, "granularity": "channel"})
+    optimizer = sgd(model)
+    compiled(torch.randn(8, 16)).square().sum().backward()
+    optimizer.step()
+    mask, before = hidden_mask(model[0].weight), masks.membership()
+    mask.holder(model[0].weight)
+    assert masks.membership() == before
+    holder = mask.holder(model.cuda()[0].weight)
+    assert masks.membership() > before
+    assert {t.device.type for t in (*holder.parameters(), *holder.buffers())} == {"cuda"}
+    assert mask.optimizer_state["momentum_buffer"].device.type == "cuda"
+    optimizer.load_state_dict(optimizer.state_dict())
+    compiled(torch.randn(8, 16, device="cuda")).square().sum().backward()
+    optimizer.step()
+    model.cpu()
+    assert 0 <= autosparse_fx.sparsity(model) <= 1
