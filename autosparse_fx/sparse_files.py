@@ -119,7 +119,7 @@ def _encoded(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
     """Return the tensors of the file by their keys, and the index."""
     stored: dict[str, Tensor] = {}
     tensors: dict[str, dict[str, Any]] = {}
-    holders: dict[Any, str] = {}  # who stores some memory
+    holders: dict[Any, tuple[str, Tensor]] = {}  # who stores some memory, and what keeps it from being used again
     memory: set[int] = set()
 
     def store(name: str, tensor: Tensor) -> str:
@@ -135,7 +135,7 @@ def _encoded(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
         tensor = _storable(name, value)
         if tensor.numel():
             same = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride(), _lazy_bits(value))
-            holder = holders.setdefault(same, name)
+            holder, _ = holders.setdefault(same, (name, value))
             if holder != name:
                 tensors[name] = {"same_as": holder}
                 continue

@@ -4,6 +4,7 @@ import copy
 import json
 import sys
 from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -350,3 +351,20 @@ def test_without_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         save_sparse({}, tmp_path / "a")
     with pytest.raises(ImportError, match=r"pip install 'autosparse-fx\[files\]'"):
         load_sparse(tmp_path / "a")
+
+
+def test_tensors_that_are_made_when_asked_for_are_not_taken_for_one_another(tmp_path: Path) -> None:
+    """Each may lie where one lay that is gone."""
+
+    class Made(Mapping[str, Tensor]):
+        def __getitem__(self, name: str) -> Tensor:
+            return torch.full((64, 64), float(name)).triu()
+
+        def __iter__(self) -> Iterator[str]:
+            return iter(map(str, range(1, 30)))
+
+        def __len__(self) -> int:
+            return 29
+
+    save_sparse(Made(), tmp_path / "a")
+    assert_same(load_sparse(tmp_path / "a"), dict(Made()))
