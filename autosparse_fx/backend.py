@@ -4,6 +4,7 @@ Found through the entry point group ``torch_dynamo_backends``, so that ``torch.c
 works without importing the package.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ from autosparse_fx.passes import DYNAMO_PASSES
 from autosparse_fx.passes.dedupe_masks import is_mask
 from autosparse_fx.passes.find_weights import find_weights
 from autosparse_fx.pipeline import run_passes
+
+log = logging.getLogger(__name__)
 
 
 def autosparse(
@@ -60,15 +63,19 @@ def autosparse(
     with undone_on_error():
         mark_weights(graph, parsed.request)
         run_passes(graph, DYNAMO_PASSES, "dynamo")
-        if parsed.request is None and not torch.is_grad_enabled() and not any(is_mask(n) for n in _all_nodes(graph)):
-            frozen = compile_for_inference(graph, parsed.inductor)
-            if frozen is not None:
-                return frozen
         call = MaskedCall(graph, parsed.request)
-        inputs = [*example_inputs, *call.example_state(example_inputs)]
-        compiled = inductor.compile_with_inductor(
-            graph, inputs, parsed.inductor, recompute_masks=parsed.recompute_masks
-        )
+
+        def compile_as_it_is() -> Callable[..., Any]:
+            inputs = [*example_inputs, *call.example_state(example_inputs)]
+            return inductor.compile_with_inductor(
+                graph, inputs, parsed.inductor, recompute_masks=parsed.recompute_masks
+            )
+
+        if parsed.request is None and not any(is_mask(n) for n in _all_nodes(graph)):
+            if not torch.is_grad_enabled():
+                return compile_for_inference(graph, parsed.inductor, compile_as_it_is)
+            log.info("no sparse kernels: they need torch.no_grad() or torch.inference_mode() around the call")
+        compiled = compile_as_it_is()
     return call.bind(compiled)
 
 

@@ -10,12 +10,15 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from autosparse_fx._compat import aot_autograd, dynamo_graphs, inductor
 from autosparse_fx.kernels.choice import CHOICE, DENSE_SCALE, lacking
@@ -29,28 +32,33 @@ from autosparse_fx.pipeline import run_passes
 log = logging.getLogger(__name__)
 
 _frozen: "weakref.WeakSet[FrozenGraph]" = weakref.WeakSet()
+_sees_fused_steps = False
 # What is looked at of every weight at every call, without the interpreter's help: that shows where a model takes
 # milliseconds.
 _VERSION, _FIRST = operator.attrgetter("_version"), operator.itemgetter(0)
 MOST_REWRITES = 8  # of weights between calls, after which a graph goes back to kernels that read them at every call
 
 
-def compile_for_inference(gm: GraphModule, patches: dict[str, Any]) -> Callable[..., Any] | None:
+def compile_for_inference(
+    gm: GraphModule, patches: dict[str, Any], compile_dense: Callable[[], Callable[..., Any]]
+) -> Callable[..., Any]:
     """Compile a Dynamo graph with its weights as constants.
 
-    None where no layer would run sparse, nor half of the weights are zeros: then the graph is compiled like any other.
+    Where no layer would run sparse, nor half of the weights are zeros, it is what ``compile_dense`` makes of the graph,
+    until its weights become sparse.
     """
     given = len(dynamo_graphs.graph_inputs(gm))
     gm, state = with_state_as_inputs(gm)
-    if not any(_may_run_sparse(tensor) for tensor in state.values()):
-        return None
-    graph = aot_autograd.inference_graph(gm)
-    if graph is None:
-        log.info("no sparse kernels: the graph writes to its inputs")
-        return None
-    frozen = FrozenGraph(graph, list(state), dynamo_graphs.graph_inputs(gm), patches)
-    if not frozen.compile_for(list(state.values())):
-        return None
+    inputs, weights = dynamo_graphs.graph_inputs(gm), list(state.values())
+    if not any(_may_run_sparse(tensor) for tensor in weights):
+        return compile_dense()
+    graph = inference_graph(gm, weights)
+    if isinstance(graph, str):
+        log.info("no sparse kernels: %s", graph)
+        return compile_dense()
+    frozen = FrozenGraph(graph, list(state), inputs, patches)
+    if not frozen.compile_for(weights):
+        frozen.run_dense(weights, compile_dense(), range(given))
     attributes = [tensor for number, tensor in state.items() if number >= given]
     return (lambda *args: frozen(*args, *attributes)) if attributes else frozen
 
@@ -59,13 +67,30 @@ def repack(model: nn.Module) -> int:
     """Have the sparse kernels of ``model`` take its weights anew at the next call.
 
     Needed after a write that PyTorch does not count, as ``parameter.data[...] = ...`` is one. All others, in-place
-    operations on the parameter itself, ``load_state_dict`` and optimizers among them, are noticed by themselves.
+    operations on the parameter itself, ``load_state_dict`` and PyTorch's optimizers among them, are noticed by
+    themselves.
 
     Returns:
         How many compiled graphs will be compiled again.
     """
     state = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
     return sum(frozen.forget(state) for frozen in list(_frozen))
+
+
+@torch.compiler.disable
+def _count_fused_writes(optimizer: Optimizer, args: object, kwargs: object) -> None:
+    """Fused optimizers write to weights without counting it: count the writes to those of compiled graphs for them."""
+    fused = [p for group in optimizer.param_groups if group.get("fused") for p in group["params"]]
+    if fused:
+        known = set().union(*(frozen.tensors() for frozen in list(_frozen)))
+        torch.autograd.graph.increment_version([p for p in fused if id(p) in known])
+
+
+def _see_fused_steps() -> None:
+    global _sees_fused_steps
+    if not _sees_fused_steps:
+        _sees_fused_steps = True
+        register_optimizer_step_post_hook(_count_fused_writes)
 
 
 def with_state_as_inputs(gm: GraphModule) -> tuple[GraphModule, dict[int, Tensor]]:
@@ -78,6 +103,14 @@ def with_state_as_inputs(gm: GraphModule) -> tuple[GraphModule, dict[int, Tensor
         if dynamo_graphs.is_module_state(node) and (tensor := dynamo_graphs.placeholder_tensor(node)) is not None
     }
     return made, state | dict(enumerate(attributes, len(placeholders) - len(attributes)))
+
+
+def inference_graph(gm: GraphModule, state: Iterable[Tensor]) -> GraphModule | str:
+    """The graph of ATen operators of what :func:`with_state_as_inputs` gave, or why there is none."""
+    if any(is_traceable_wrapper_subclass(value) for value in [*state, *dynamo_graphs.graph_inputs(gm)]):
+        return "its graph computes with tensors of a subclass"
+    graph = aot_autograd.inference_graph(gm)
+    return "its graph writes to an input or a buffer" if graph is None else graph
 
 
 def _may_run_sparse(tensor: Tensor) -> bool:
@@ -93,6 +126,14 @@ def _is_weight(tensor: Tensor) -> bool:
     return isinstance(tensor, nn.Parameter) and _may_run_sparse(tensor)
 
 
+def _looks_sparse(tensor: Tensor) -> bool:
+    """Whether a quarter of a weight may be zeros, judged by some of its rows."""
+    if not _is_weight(tensor) or not tensor.numel():
+        return False
+    rows = tensor.detach()[:: max(1, tensor.shape[0] // 16)]
+    return 4 * int(rows.count_nonzero()) <= 3 * rows.numel()
+
+
 class _Compiled:
     """What a graph became for certain tensors, which it does not hold.
 
@@ -100,7 +141,8 @@ class _Compiled:
         tensors: weights and buffers.
         function: what to call.
         arguments: the numbers of the arguments that the function takes.
-        versions: of the tensors, where they are constants of the function.
+        versions: of the tensors whose writes matter, by their numbers.
+        is_frozen: whether the tensors are constants of the function.
         rewrites: of the tensors, until now.
     """
 
@@ -110,47 +152,38 @@ class _Compiled:
         function: Callable[..., Any],
         arguments: Sequence[int],
         *,
-        versions: list[int] | None,
+        versions: dict[int, int],
+        is_frozen: bool,
         rewrites: int,
     ) -> None:
         self.function, self.arguments, self.rewrites = function, list(arguments), rewrites
-        self._versions = versions
-        self._counted = _counted(tensors)
-        self._probes = [] if versions is None else _probes(tensors)
+        self.is_frozen = is_frozen
+        self._watched, self._versions = list(versions), list(versions.values())
+        self._probes = _probes(tensors) if is_frozen else []
         self._probed = list(map(_FIRST, self._probes))
         self._gone: list[object] = []
         # Their numbers are compared at every call, which takes less than looking at references; those only tell when a
         # number may have come to mean another tensor.
-        self._ids = list(map(id, tensors))
+        self.ids = list(map(id, tensors))
         self._refs = [weakref.ref(tensor, self._gone.append) for tensor in tensors]
 
     def is_for(self, tensors: Sequence[Tensor]) -> bool:
-        return not self._gone and self._ids == list(map(id, tensors))
+        return not self._gone and self.ids == list(map(id, tensors))
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
         if not self.is_for(tensors):
             return False
-        if self._versions is None:
-            return True
-        is_same = self._versions == _versions(tensors, self._counted)
+        is_same = self._versions == list(map(_VERSION, map(tensors.__getitem__, self._watched)))
         return is_same and self._probed == list(map(_FIRST, self._probes))
-
-    def is_for_any(self, ids: set[int]) -> bool:
-        return not ids.isdisjoint(self._ids)
 
     @property
     def is_dead(self) -> bool:
         return bool(self._gone)
 
 
-def _counted(tensors: Sequence[Tensor]) -> list[int]:
-    """The numbers of those tensors whose writes autograd counts."""
-    return [number for number, tensor in enumerate(tensors) if not tensor.is_inference()]
-
-
-def _versions(tensors: Sequence[Tensor], counted: Sequence[int]) -> list[int]:
-    """How often each of the tensors with these numbers was written to."""
-    return list(map(_VERSION, map(tensors.__getitem__, counted)))
+def _versions(tensors: Sequence[Tensor]) -> dict[int, int]:
+    """How often each tensor was written to, by its number; of those whose writes autograd counts."""
+    return {number: tensor._version for number, tensor in enumerate(tensors) if not tensor.is_inference()}
 
 
 class FrozenGraph:
@@ -165,14 +198,20 @@ class FrozenGraph:
         self._rest = [number for number in range(len(example_inputs)) if number not in set(state)]
         self._is_static = all(map(dynamo_graphs.is_static, example_inputs))
         self._compiled: list[_Compiled] = []
-        self._dense: Callable[..., Any] | None = None  # the graph as it is, which reads its weights at every call
+        # The graph as it is, which reads its weights at every call, and the arguments that it takes.
+        self._dense: tuple[Callable[..., Any], Sequence[int]] | None = None
         self._lock = threading.RLock()
         _frozen.add(self)
+        _see_fused_steps()
+
+    def tensors(self) -> set[int]:
+        """The ids of those that it was compiled for."""
+        return {number for compiled in self._compiled for number in compiled.ids}
 
     def forget(self, tensors: set[int]) -> int:
         """Drop what was compiled for any of these tensors, by id; return how many that were."""
         with self._lock:
-            kept = [c for c in self._compiled if not c.is_for_any(tensors)]
+            kept = [c for c in self._compiled if tensors.isdisjoint(c.ids)]
             dropped = sum(not c.is_dead for c in self._compiled if c not in kept)
             self._compiled = kept
         return dropped
@@ -183,14 +222,13 @@ class FrozenGraph:
         Which layers autotuning takes is measured with the ``inputs`` of a call, without the weights, for which it
         waits; not where sizes are dynamic, since Dynamo guards what is assumed of them only before the first call.
         """
-        versions = _versions(tensors, _counted(tensors))
+        versions = _versions(tensors)
         graph = self._with_weights(tensors)
         is_tuned = bool(self._patches.get("max_autotune")) and any(map(_holds_zeros, tensors))
         waits = is_tuned and self._is_static and inputs is None
         is_worth_it = half_are_zeros(filter(_is_weight, tensors))
         if is_tuned and self._is_static and inputs is not None:
-            with inductor.forgetting_what_is_compiled():
-                scale = tuned_scale(graph, inputs, self._patches, lambda: self._choices(tensors))
+            scale = tuned_scale(graph, inputs, self._patches, lambda: self._choices(tensors))
             graph.meta[DENSE_SCALE] = scale
             is_worth_it = True
         graph.meta[AUTOTUNE] = is_tuned and not waits
@@ -199,8 +237,21 @@ class FrozenGraph:
             return False
         if not waits:
             function = self._compile(graph, runs_sparse=runs_sparse)
-            self._keep(tensors, _Compiled(tensors, function, self._rest, versions=versions, rewrites=rewrites))
+            made = _Compiled(tensors, function, self._rest, versions=versions, is_frozen=True, rewrites=rewrites)
+            self._keep(tensors, made)
         return True
+
+    def run_dense(self, tensors: Sequence[Tensor], dense: Callable[..., Any], arguments: Sequence[int]) -> None:
+        """Call ``dense`` with these of the arguments while nothing about these weights is sparse."""
+        self._dense = dense, arguments
+        self._keep_dense(tensors, rewrites=0, versions=_versions(tensors))
+
+    def _keep_dense(self, tensors: Sequence[Tensor], *, rewrites: int, versions: dict[int, int]) -> None:
+        """What the weights are written to is of interest where ``versions`` are given."""
+        assert self._dense is not None
+        watched = {number: version for number, version in versions.items() if _is_weight(tensors[number])}
+        made = _Compiled(tensors, *self._dense, versions=watched, is_frozen=False, rewrites=rewrites)
+        self._keep(tensors, made)
 
     def _with_weights(self, tensors: Sequence[Tensor]) -> GraphModule:
         return with_constants(self._graph, dict(zip(self._state, tensors, strict=True)))
@@ -223,7 +274,8 @@ class FrozenGraph:
         if runs_sparse:
             patches.setdefault("layout_optimization", False)
         inputs = [self._example_inputs[number] for number in self._rest]
-        return inductor.compile_with_inductor(graph, inputs, patches)
+        with inductor.forgetting_what_is_compiled():
+            return inductor.compile_with_inductor(graph, inputs, patches)
 
     def _keep(self, tensors: Sequence[Tensor], compiled: _Compiled) -> None:
         others = [c for c in self._compiled if not c.is_dead and not c.is_for(tensors)]
@@ -241,17 +293,23 @@ class FrozenGraph:
 
     def _adapt_to(self, tensors: Sequence[Tensor], inputs: Sequence[Any]) -> None:
         """Compile for weights that are new, or were written to; in the end, for weights that keep changing."""
-        rewrites = next((c.rewrites + 1 for c in self._compiled if c.is_for(tensors)), 0)
+        last = next((c for c in self._compiled if c.is_for(tensors)), None)
+        rewrites, versions = 0 if last is None else last.rewrites, _versions(tensors)
+        if last is not None and not last.is_frozen and not any(map(_looks_sparse, tensors)):
+            self._keep_dense(tensors, rewrites=rewrites, versions=versions)  # they still are
+            return
         with torch.no_grad(), aot_autograd.tracing_again(self._example_inputs):
+            rewrites += last is not None
             if rewrites > MOST_REWRITES:
                 log.warning("weights were written to %d times between calls: dense kernels from now on", MOST_REWRITES)
+                versions = {}
             elif self.compile_for(tensors, rewrites, inputs):
                 return
             if self._dense is None:
                 graph = dynamo_graphs.copy_graph_module(self._graph)
-                self._dense = inductor.compile_with_inductor(graph, self._example_inputs, self._patches)
-        arguments = range(len(self._example_inputs))
-        self._keep(tensors, _Compiled(tensors, self._dense, arguments, versions=None, rewrites=rewrites))
+                function = inductor.compile_with_inductor(graph, self._example_inputs, self._patches)
+                self._dense = function, range(len(self._example_inputs))
+        self._keep_dense(tensors, rewrites=rewrites, versions=versions)
 
 
 def _probes(tensors: Sequence[Tensor]) -> list[memoryview]:

@@ -6,6 +6,7 @@ from torch.fx import GraphModule
 
 from autosparse_fx.passes.dedupe_masks import dedupe_masks
 from autosparse_fx.passes.fold_batch_norm import fold_batch_norm
+from autosparse_fx.passes.fold_constants import fold_constants
 from autosparse_fx.passes.fuse_sparse_programs import fuse_sparse_programs
 from autosparse_fx.passes.insert_masks import insert_masks
 from autosparse_fx.passes.lower_sparse_conv import lower_sparse_conv
@@ -21,6 +22,7 @@ JOINT_PASSES: tuple[Callable[[GraphModule], int], ...] = (tag_recompute,)
 # These run on a graph of ATen operators whose weights are constants: inference, under no_grad.
 INFERENCE_PASSES: tuple[Callable[[GraphModule], int], ...] = (
     open_encoder_layers,
+    fold_constants,
     fold_batch_norm,
     remove_dead_channels,
     lower_sparse_conv,
@@ -34,6 +36,7 @@ __all__ = [
     "JOINT_PASSES",
     "dedupe_masks",
     "fold_batch_norm",
+    "fold_constants",
     "fuse_sparse_programs",
     "insert_masks",
     "lower_sparse_conv",

@@ -8,6 +8,9 @@ from torch.fx import GraphModule, Node
 
 from autosparse_fx._compat.dynamo_graphs import FakeTensor, copy_graph_module
 
+aten = torch.ops.aten
+LOOKED_THROUGH = (aten.t.default, aten.permute.default, aten.transpose.int, aten._to_copy.default)
+
 
 def with_constants(graph: GraphModule, tensors: dict[int, Tensor]) -> GraphModule:
     """A copy of an ATen graph in which some placeholders are attributes that hold these tensors."""
@@ -33,19 +36,11 @@ def constant(node: object) -> Tensor | None:
     if node.op == "get_attr":
         value = getattr(node.graph.owning_module, str(node.target), None)
         return value if isinstance(value, Tensor) else None
-    if node.target is torch.ops.aten.t.default:
-        value = constant(node.args[0])
-        return None if value is None else value.t()
-    if node.target is torch.ops.aten.permute.default:
-        value = constant(node.args[0])
-        return None if value is None else value.permute(node.args[1])  # type: ignore[arg-type]
-    if node.target is torch.ops.aten.transpose.int:
-        value = constant(node.args[0])
-        return None if value is None else value.transpose(*node.args[1:])  # type: ignore[arg-type]
-    if node.target is torch.ops.aten._to_copy.default and node.kwargs.keys() == {"dtype"}:
-        value = constant(node.args[0])
-        return None if value is None else value.to(node.kwargs["dtype"])  # type: ignore[arg-type]
-    return None
+    if node.target not in LOOKED_THROUGH or (node.kwargs and node.kwargs.keys() != {"dtype"}):
+        return None
+    value = constant(node.args[0])
+    target: Any = node.target
+    return None if value is None else target(value, *node.args[1:], **node.kwargs)
 
 
 def constant_name(node: object) -> str | None:

@@ -38,6 +38,12 @@ def lower_sparse_conv(gm: GraphModule) -> int:
     return len(chosen)
 
 
+def window_arguments(node: Node) -> list[Any]:
+    """Stride, padding and dilation of a convolution in two dimensions, in y and x: a single number stands for both."""
+    given: Any = node.args[3:6]
+    return [[*values] * (2 // len(values)) for values in given]
+
+
 def _conversion(tensor: Node) -> float:
     """Cycles for each element that sparse layers take from others or give to them; an input may be as they like it."""
     value: Tensor = tensor.meta["val"]
@@ -92,7 +98,7 @@ def _is_static(value: Tensor) -> bool:
 
 
 def _lower(gm: GraphModule, node: Node) -> None:
-    source, weight, bias, stride, padding, dilation, _, _, groups = node.args
+    source, weight, bias, *_, groups = node.args
     end, residual = node, None
     add = only_user(end)
     if add is not None and add.target is aten.add.Tensor and not add.kwargs and same_shape(add, node):
@@ -110,7 +116,8 @@ def _lower(gm: GraphModule, node: Node) -> None:
     given: list[Any] = [source, weight, bias, residual]
     tensors = [None if tensor is None else widened(gm, tensor, end) for tensor in given]
     with gm.graph.inserting_before(end):
-        lowered = gm.graph.call_function(SPARSE_CONV, (*tensors, stride, padding, dilation, groups, activation, clamp))
+        arguments: Any = (*tensors, *window_arguments(node), groups, activation, clamp)
+        lowered = gm.graph.call_function(SPARSE_CONV, arguments)
     lowered.meta.update({key: value for key, value in node.meta.items() if key != "val"})
     lowered.meta["val"] = end.meta["val"].float().contiguous()
     end.replace_all_uses_with(narrowed(lowered, end.meta["val"].dtype, end))

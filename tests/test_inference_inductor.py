@@ -1,6 +1,7 @@
 """Sparse inference with all of Inductor: that what it makes of the graphs is right, and its caches."""
 
 import copy
+import gc
 import json
 import os
 import re
@@ -127,6 +128,27 @@ def test_dense_model_is_what_it_was(programs: list[int]) -> None:
     model, x = made("residual", 0.0), inputs_of("residual")
     check(torch.compile(model, backend="autosparse"), model, x)
     assert not programs
+
+
+def live_programs() -> int:
+    gc.collect()
+    tensors = [o for o in gc.get_objects() if type(o) is torch.Tensor]
+    return sum(t.dtype == torch.uint8 and t.dim() == 1 and t.numel() > 4096 for t in tensors)
+
+
+def test_packed_weights_go_when_weights_change_and_with_the_model() -> None:
+    torch._dynamo.reset()
+    before = live_programs()
+    model, x = made(), inputs_of()
+    fast = torch.compile(model, backend="autosparse")
+    for _ in range(4):
+        check(fast, model, x)
+        assert live_programs() <= before + 2  # the first, which Dynamo holds, and that of now
+        with torch.no_grad():
+            model.first.weight.mul_(1.5)
+    del model, fast
+    torch._dynamo.reset()
+    assert live_programs() == before
 
 
 CODE = """

@@ -170,3 +170,18 @@ def test_each_weight_says_which_kernel_it_runs_on_and_why() -> None:
 def test_bad_input(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         report(ConvNet(), **arguments)
+
+
+def test_a_graph_that_writes_to_its_input_says_that_it_runs_dense() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x.mul_(2))
+
+    found = report(Scaled().eval(), torch.randn(2, 16))
+    assert {layer.kernel for layer in found.layers} == {"dense"}
+    assert "its graph writes to an input or a buffer" in str(found)
+    assert "while a model is prepared" not in str(found)

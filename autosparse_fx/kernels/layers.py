@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from autosparse_fx._compat import aot_autograd
 from autosparse_fx.capture import run_captured
-from autosparse_fx.inference import with_state_as_inputs
+from autosparse_fx.inference import inference_graph, with_state_as_inputs
 from autosparse_fx.kernels.choice import CHOICE, Choice
 from autosparse_fx.kernels.program import Window
 from autosparse_fx.passes import INFERENCE_PASSES, fuse_sparse_programs
 from autosparse_fx.passes.constants import constant_name, with_constants
+from autosparse_fx.passes.lower_sparse_conv import window_arguments
 
 aten = torch.ops.aten
 # Where the weight stands among the arguments.
@@ -59,16 +59,22 @@ def layers(model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any] |
 
     def backend(gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         gm, state = with_state_as_inputs(gm)
-        graph = aot_autograd.inference_graph(gm)
-        if graph is not None:
-            graph = with_constants(graph, state)
+        graph = inference_graph(gm, state.values())
+        if isinstance(graph, str):
+            weights = {names[id(t)]: t for t in state.values() if t.dim() > 1 and id(t) in names}
+            found.extend(_dense(name, weight, graph) for name, weight in weights.items())
+        else:
             by_constant = {f"constant_{number}": names.get(id(tensor), "") for number, tensor in state.items()}
-            found.extend(_layers(graph, by_constant))
+            found.extend(_layers(with_constants(graph, state), by_constant))
         return gm.forward
 
     with torch.no_grad():
         run_captured(model, example_inputs, backend)
     return found
+
+
+def _dense(name: str, weight: Tensor, reason: str) -> Layer:
+    return Layer(name, Choice(False, reason, False), tuple(weight.shape), 1, 1, None, 1, weight.dtype)
 
 
 def _layers(graph: GraphModule, names: dict[str, str]) -> list[Layer]:
@@ -95,10 +101,10 @@ def _geometry(node: Node) -> tuple[tuple[int, ...], int, int, Window | None, int
     if node.target is not aten.convolution.default:
         return tuple(int(size) for size in reversed(weight.shape)), 1, int(value.shape[0]), None, 1, value.dtype
     shape = tuple(int(size) for size in weight.shape)
-    source, _, _, stride, padding, dilation, _, _, groups = arguments
+    source, groups = arguments[0], arguments[8]
     units, columns = int(value.shape[0]), int(value[0, 0].numel())
     if value.dim() != 4:
         return shape, units, columns, None, groups, value.dtype
     in_size, out_size = source.meta["val"].shape[2:], value.shape[2:]
-    window = Window(tuple(in_size), tuple(out_size), tuple(stride), tuple(padding), tuple(dilation))
+    window = Window(tuple(in_size), tuple(out_size), *map(tuple, window_arguments(node)))
     return shape, units, columns, window, groups, value.dtype

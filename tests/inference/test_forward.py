@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from kernels.graphs import Function, prune
 from kernels.models import MODELS, Seen, assert_same, check, compiled, dense, inputs_of, made
 from torch import Tensor, nn
+from torch.nn.utils import prune as pruning
+from torch.testing._internal.two_tensor import TwoTensor
 
 X = torch.randn(2, 16, 12, 14, generator=torch.Generator().manual_seed(0))
 
@@ -205,3 +207,75 @@ def test_weights_made_in_inference_mode(seen: Seen) -> None:
         expected = model.double()(X.double())
         model.float()
         assert_same(fast(X), expected)
+
+
+@pytest.mark.parametrize("one", [{"stride": (2,)}, {"dilation": (2,)}, {"padding": (2,)}], ids=str)
+def test_one_number_for_both_dimensions(one: dict[str, Any], seen: Seen) -> None:
+    model = prune(nn.Sequential(nn.Conv2d(16, 32, 3, **one), nn.ReLU(), nn.Conv2d(32, 16, 1))).eval()
+    check(compiled(model), model, X)
+    assert seen.programs == 1
+
+
+def test_tensors_of_a_subclass_run_as_they_are(seen: Seen, caplog: pytest.LogCaptureFixture) -> None:
+    """As the local parts of distributed tensors are, or quantised weights."""
+    model = made()
+    x = TwoTensor(X, 2 * X)
+    with caplog.at_level("INFO", "autosparse_fx"), torch.no_grad():
+        found = compiled(model)(x)
+    assert isinstance(found, TwoTensor)
+    assert_same([found.a, found.b], [dense(model, X), dense(model, 2 * X)])
+    assert seen.programs == 0 and "tensors of a subclass" in caplog.text
+
+
+def test_call_with_gradients_says_what_it_lacks(seen: Seen, caplog: pytest.LogCaptureFixture) -> None:
+    model = made()
+
+    @torch.compile(backend="autosparse")
+    def evaluate(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model(x)
+
+    with caplog.at_level("INFO", "autosparse_fx"):
+        assert_same(evaluate(X), dense(model, X))
+    assert seen.programs == 0 and "torch.no_grad() or torch.inference_mode() around the call" in caplog.text
+
+
+# Weights that the graph computes.
+
+
+def pruned(model: nn.Module) -> nn.Module:
+    for module in (model.first, model.second):
+        pruning.l1_unstructured(module, "weight", 0.9)
+    return model
+
+
+def test_pruning_of_torch_runs_sparse_and_follows_its_masks(seen: Seen) -> None:
+    model = pruned(made(sparsity=0.0))
+    fast = compiled(model)
+    check(fast, model, X)
+    programs = seen.programs
+    assert programs > 0
+    with torch.no_grad():
+        model.first.weight_mask[0] = 0.0
+    check(fast, model, X)
+    assert seen.programs > programs
+
+
+def test_weight_that_is_computed_and_returned_is_the_callers_own(seen: Seen) -> None:
+    model = Function(
+        lambda m, x: (F.conv2d(x, w := m.layers.first.weight * m.layers.first.weight, padding=1), w),
+        layers=made(),
+    )
+    fast = compiled(model)
+    with torch.no_grad():
+        before, weight = fast(X)
+        weight.zero_()
+        after, _ = fast(X)
+    assert torch.equal(before, after) and seen.programs == 2
+
+
+def test_attention_to_a_memory_runs_sparse(seen: Seen) -> None:
+    """Its weights are cut out of one."""
+    model = prune(nn.TransformerDecoderLayer(64, 4, 256, batch_first=True)).eval()
+    check(compiled(model), model, torch.randn(2, 9, 64), torch.randn(2, 21, 64))
+    assert seen.programs > 1

@@ -29,6 +29,12 @@ def writes(model: nn.Module) -> dict[str, Callable[[], Any]]:
         torch.optim.SGD([weight], lr=0.1).step()
         weight.grad = None
 
+    def fused_step() -> None:
+        """Which autograd does not count."""
+        weight.grad = torch.randn_like(weight)
+        torch.optim.AdamW([weight], lr=0.1, fused=True).step()
+        weight.grad = None
+
     def through_a_view() -> None:
         with torch.no_grad():
             weight[0, 0] = 3.0
@@ -53,6 +59,7 @@ def writes(model: nn.Module) -> dict[str, Callable[[], Any]]:
         "load_state_dict": lambda: model.load_state_dict(prune(Stack()).state_dict()),
         "assign": lambda: model.load_state_dict(prune(Stack()).state_dict(), assign=True),
         "optimizer": step,
+        "fused": fused_step,
         "foreach": no_grad(lambda: torch._foreach_add_(list(model.parameters()), 0.25)),
         "parameter": lambda: setattr(model.first, "weight", nn.Parameter(prune(Stack()).first.weight.detach().clone())),
         "module": lambda: setattr(model, "second", prune(Stack()).second),
@@ -135,6 +142,63 @@ def test_weights_that_become_dense_run_dense(seen: Seen) -> None:
     assert seen.programs == 1
 
 
+def test_fused_steps_of_other_models_write_no_versions(seen: Seen) -> None:
+    check(compiled(model := made()), model, X)
+    other = nn.Parameter(torch.zeros(3))
+    other.grad = torch.ones(3)
+    before = other._version
+    torch.optim.SGD([other], lr=0.1, fused=True).step()
+    assert other._version == before
+
+
+def scatter(model: nn.Module, sparsity: float = 0.9) -> None:
+    """New weights, in place."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.1)
+    prune(model, sparsity)
+
+
+def test_weights_that_become_sparse_run_sparse(seen: Seen) -> None:
+    model = prune(Stack(), 0.0).eval()
+    fast = compiled(model)
+    check(fast, model, X)
+    assert (seen.programs, seen.compilations) == (0, 1)
+    scatter(model)
+    for _ in range(2):
+        check(fast, model, X)
+    assert (seen.programs, seen.compilations) == (2, 2)
+    scatter(model, 0.0)
+    check(fast, model, X)
+    scatter(model)
+    check(fast, model, X)
+    assert seen.programs == 3
+
+
+def test_weights_that_stay_dense_are_compiled_once(seen: Seen) -> None:
+    """However often they are written to: an average of a model in training is, before every call."""
+    model = prune(Stack(), 0.0).eval()
+    fast = compiled(model)
+    for _ in range(inference.MOST_REWRITES + 3):
+        check(fast, model, X)
+        scatter(model, 0.0)
+    assert (seen.programs, seen.compilations) == (0, 1)
+    scatter(model)
+    check(fast, model, X)
+    assert seen.programs == 1
+
+
+def test_dense_weights_that_are_written_through_data_are_seen_by_repack(seen: Seen) -> None:
+    model = prune(Stack(), 0.0).eval()
+    fast = compiled(model)
+    check(fast, model, X)
+    for parameter in model.parameters():
+        parameter.data.copy_(prune(nn.ParameterList([parameter.detach().clone()])).get_parameter("0"))
+    assert inference.repack(model) == 1
+    check(fast, model, X)
+    assert seen.programs == 1
+
+
 def test_instances_that_share_a_graph_have_weights_of_their_own(seen: Seen) -> None:
     models = [made(), made(), made(sparsity=0.8)]
     fast = [compiled(model) for model in models]
@@ -200,16 +264,16 @@ def test_threads_that_meet_a_write_compile_once_and_stay_sparse(seen: Seen, monk
         model.first.weight.mul_(2.0)
     expected = dense(model, X)
     count = inference.MOST_REWRITES + 4
-    arrived, local, original = threading.Barrier(count), threading.local(), inference._versions
+    arrived, local, original = threading.Barrier(count), threading.local(), inference._Compiled.fits
 
-    def versions(tensors: Sequence[Tensor], counted: Sequence[int]) -> list[int]:
+    def fits(self: Any, tensors: Sequence[Tensor]) -> bool:
         """All threads are inside of a call before one compares versions."""
         if not hasattr(local, "waited"):
             local.waited = True
             arrived.wait(60)
-        return original(tensors, counted)
+        return original(self, tensors)
 
-    monkeypatch.setattr(inference, "_versions", versions)
+    monkeypatch.setattr(inference._Compiled, "fits", fits)
 
     def work(_: int) -> None:
         with torch.no_grad():
@@ -219,7 +283,7 @@ def test_threads_that_meet_a_write_compile_once_and_stay_sparse(seen: Seen, monk
     together(count, work)
     assert seen.compilations == before + 1
     programs = seen.programs
-    monkeypatch.setattr(inference, "_versions", original)
+    monkeypatch.setattr(inference._Compiled, "fits", original)
     check(fast, model, X)
     assert seen.programs == programs + 1
 

@@ -45,6 +45,8 @@ def left_alone(graph: Captured, reason: str) -> None:
         conv(kernel=4, padding="same", dilation=2),
         conv(padding=1, padding_mode="reflect"),
         conv(padding=0),
+        conv(stride=(2,)),
+        conv(padding=(2,), dilation=(2,)),
     ],
     ids=str,
 )

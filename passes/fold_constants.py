@@ -1,0 +1,76 @@
+"""fold_constants: a weight that the graph computes from constants alone becomes a constant itself.
+
+So a weight that is masked (``torch.nn.utils.prune``), normalised (``weight_norm``), parametrized, or cut out of a
+larger one (``nn.MultiheadAttention`` with a memory) is seen with its zeros. All else is left to Inductor, which folds
+too.
+"""
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import GraphModule, Node
+
+from autosparse_fx.passes.constants import LOOKED_THROUGH, constant, new_constant, remove_unused_constants
+
+aten = torch.ops.aten
+# Of the layers: where their weights and biases stand among the arguments.
+_STATE: dict[Any, slice] = {
+    aten.convolution.default: slice(1, 3),
+    aten.mm.default: slice(0, 2),
+    aten.addmm.default: slice(0, 3),
+    aten._native_batch_norm_legit_no_training.default: slice(1, 5),
+}
+
+
+def fold_constants(gm: GraphModule) -> int:
+    """Fold the weights and biases of convolutions, products and batch norms; return how many."""
+    computable: set[Node] = set()
+    for node in gm.graph.nodes:
+        if constant(node) is not None or (_may_be_evaluated(node) and computable.issuperset(node.all_input_nodes)):
+            computable.add(node)
+    values: dict[Node, Any] = {}
+    found = {node: _value(node, values) for node in _computed_state(gm) if node in computable}
+    for node, value in found.items():
+        folded = new_constant(gm, f"{node.name}_folded", value, node)
+        # What else reads it, the caller perhaps, is not to get what kernels read.
+        node.replace_all_uses_with(folded, lambda user: user.target in (*LOOKED_THROUGH, *_STATE))
+    if found:
+        remove_unused_constants(gm)
+        gm.recompile()
+    return len(found)
+
+
+def _computed_state(gm: GraphModule) -> Iterator[Node]:
+    """What layers take for weights and biases that are no constants."""
+    for node in gm.graph.nodes:
+        for given in node.args[_STATE[node.target]] if node.target in _STATE else ():
+            while isinstance(given, Node) and given.target in LOOKED_THROUGH:
+                given = given.args[0]
+            if isinstance(given, Node) and constant(given) is None and isinstance(given.meta.get("val"), Tensor):
+                yield given
+
+
+def _value(node: Node, values: dict[Node, Any]) -> Any:
+    """What a node computes from constants."""
+    if node not in values:
+        if (value := constant(node)) is None:
+            arguments = torch.fx.map_arg((node.args, node.kwargs), lambda source: _value(source, values))
+            value = node.target(*arguments[0], **arguments[1])  # type: ignore[operator]
+        values[node] = value
+    return values[node]
+
+
+def _may_be_evaluated(node: Node) -> bool:
+    if node.op != "call_function" or not node.all_input_nodes:
+        return False
+    if node.target is operator.getitem:
+        return True
+    return (
+        isinstance(node.target, OpOverload)
+        and not node.target._schema.is_mutable
+        and torch.Tag.nondeterministic_seeded not in node.target.tags
+    )
