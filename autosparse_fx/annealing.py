@@ -115,14 +115,14 @@ class GradientAnnealing:
                 if module._autosparse.weights[slot.name].provisional:
                     reset_mask(module, slot)
                     module._autosparse.weights[slot.name].provisional = False  # from here on they are trained
-        self._replace_earlier()
-        self.continue_history(History())
+        is_alone = self._replace_earlier()
+        self.continue_history(History() if is_alone else self._plans[0].history)
         self._attach()
         self._versions = self._weight_versions() if optimizer is None else None
         self._write_alpha()
 
-    def _replace_earlier(self) -> None:
-        """Stop the annealers of modules that this one takes over."""
+    def _replace_earlier(self) -> bool:
+        """Stop the annealers of modules that this one takes over; return whether no others are left beside it."""
         own = {id(module) for _, module in self._modules}
         for plan in self._plans:
             annealers = _annealers.setdefault(plan, weakref.WeakSet())
@@ -141,6 +141,7 @@ class GradientAnnealing:
                 earlier.detach()
                 annealers.discard(earlier)
             annealers.add(self)
+        return all(len(_annealers[plan]) == 1 for plan in self._plans)
 
     def _attach(self) -> None:
         optimizer_steps.start()
@@ -246,7 +247,7 @@ class GradientAnnealing:
         self._count = steps
         self._checks = []  # of shifts that are undone
         if history is not None:
-            self.continue_history(history)
+            self.history.become(history)  # which annealers of other parts may share
         for plan in self._plans:
             plan.annealed_steps = self._count
         self._write_alpha()

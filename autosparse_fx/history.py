@@ -200,6 +200,10 @@ class History:
         for step, alpha, sparsity, cut in column.tolist():
             self._columns.append(_Columns(int(step), alpha, (name,), torch.tensor([[sparsity], [cut]])))
 
+    def become(self, other: "History") -> None:
+        """Hold what another history holds."""
+        self.numel, self._columns = dict(other.numel), list(other._columns)
+
     def state(self) -> dict[str, Any]:
         """Plain values, fit for JSON, for ``annealer.state_dict()``.
 

@@ -43,11 +43,11 @@ def constant(node: object) -> Tensor | None:
     return None if value is None else target(value, *node.args[1:], **node.kwargs)
 
 
-def constant_name(node: object) -> str | None:
-    """The name of the attribute that :func:`constant` looks at."""
+def constant_node(node: object) -> Node | None:
+    """The ``get_attr`` node that :func:`constant` looks at."""
     while isinstance(node, Node) and node.op != "get_attr" and node.all_input_nodes and constant(node) is not None:
         node = node.all_input_nodes[0]
-    return str(node.target) if isinstance(node, Node) and node.op == "get_attr" else None
+    return node if isinstance(node, Node) and node.op == "get_attr" else None
 
 
 def new_constant(gm: GraphModule, name: str, value: Tensor, before: Node) -> Node:

@@ -14,9 +14,11 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
+from autosparse_fx._compat.aot_autograd import without_autocast
 from autosparse_fx.passes.constants import LOOKED_THROUGH, constant, new_constant, remove_unused_constants
 
 aten = torch.ops.aten
+FOLDED_FROM = "autosparse_folded_from"  # the names of the constants that one was computed from
 # Of the layers: where their weights and biases stand among the arguments.
 _STATE: dict[Any, slice] = {
     aten.convolution.default: slice(1, 3),
@@ -32,36 +34,53 @@ def fold_constants(gm: GraphModule) -> int:
     for node in gm.graph.nodes:
         if constant(node) is not None or (_may_be_evaluated(node) and computable.issuperset(node.all_input_nodes)):
             computable.add(node)
+    sources = {node: _sources(node) for node in _computed_state(gm) if node in computable}
+    wanted = set().union(*sources.values())
     values: dict[Node, Any] = {}
-    found = {node: _value(node, values) for node in _computed_state(gm) if node in computable}
-    for node, value in found.items():
-        folded = new_constant(gm, f"{node.name}_folded", value, node)
-        # What else reads it, the caller perhaps, is not to get what kernels read.
-        node.replace_all_uses_with(folded, lambda user: user.target in (*LOOKED_THROUGH, *_STATE))
-    if found:
+    for node in gm.graph.nodes:
+        if node in wanted:
+            values[node] = _evaluated(node, values)
+    for node, known in sources.items():
+        folded = new_constant(gm, f"{node.name}_folded", values[node], node)
+        folded.meta[FOLDED_FROM] = [str(source.target) for source in known if source.op == "get_attr"]
+        node.replace_all_uses_with(folded, _is_for_layers)
+    if sources:
         remove_unused_constants(gm)
         gm.recompile()
-    return len(found)
+    return len(sources)
 
 
 def _computed_state(gm: GraphModule) -> Iterator[Node]:
     """What layers take for weights and biases that are no constants."""
     for node in gm.graph.nodes:
         for given in node.args[_STATE[node.target]] if node.target in _STATE else ():
-            while isinstance(given, Node) and given.target in LOOKED_THROUGH:
+            while isinstance(given, Node) and given.target in LOOKED_THROUGH and _is_for_layers(given):
                 given = given.args[0]
             if isinstance(given, Node) and constant(given) is None and isinstance(given.meta.get("val"), Tensor):
                 yield given
 
 
-def _value(node: Node, values: dict[Node, Any]) -> Any:
-    """What a node computes from constants."""
-    if node not in values:
-        if (value := constant(node)) is None:
-            arguments = torch.fx.map_arg((node.args, node.kwargs), lambda source: _value(source, values))
-            value = node.target(*arguments[0], **arguments[1])  # type: ignore[operator]
-        values[node] = value
-    return values[node]
+def _sources(node: Node) -> set[Node]:
+    """A node and all that it is computed from."""
+    found, pending = {node}, [node]
+    while pending:
+        new = set(pending.pop().all_input_nodes) - found
+        found |= new
+        pending += new
+    return found
+
+
+def _is_for_layers(user: Node) -> bool:
+    """What else reads a weight, the caller perhaps, is not to get what kernels read."""
+    return user.target in _STATE or (user.target in LOOKED_THROUGH and all(map(_is_for_layers, user.users)))
+
+
+def _evaluated(node: Node, values: dict[Node, Any]) -> Any:
+    """What a node computes from those values."""
+    if node.op == "get_attr":
+        return constant(node)
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), values.__getitem__)
+    return without_autocast(lambda: node.target(*args, **kwargs))  # type: ignore[operator]
 
 
 def _may_be_evaluated(node: Node) -> bool:

@@ -38,6 +38,31 @@ def test_parts_of_one_model_have_annealers_of_their_own() -> None:
     for part in parts:
         assert autosparse_fx.sparsity(part) == pytest.approx(0.8, abs=TOLERANCE)
     assert alpha_of(pair) == 0.0
+    history = autosparse_fx.report(pair).history
+    assert len(history.numel) == 6 and all(len(record.sparsity) == 6 for record in history)
+    assert history.total_sparsity(history.records[-1]) == pytest.approx(0.8, abs=TOLERANCE)
+
+
+def test_parts_are_resumed_one_by_one_with_the_history_of_both() -> None:
+    def made() -> tuple[Pair, list[Optimizer], list[GradientAnnealing]]:
+        pair = autosparse_fx.sparsify(Pair())
+        optimizers: list[Optimizer] = [sgd(part) for part in (pair.generator, pair.critic)]
+        return (
+            pair,
+            optimizers,
+            [GradientAnnealing(part, 20, o) for part, o in zip((pair.generator, pair.critic), optimizers, strict=True)],
+        )
+
+    pair, optimizers, annealers = made()
+    for _ in range(3):
+        for part, optimizer in zip((pair.generator, pair.critic), optimizers, strict=True):
+            one_step(part, optimizer)
+    resumed, optimizers, others = made()
+    for annealer, other in zip(annealers, others, strict=True):
+        other.load_state_dict(annealer.state_dict())
+    one_step(resumed.generator, optimizers[0])
+    history = autosparse_fx.report(resumed).history
+    assert [len(record.sparsity) for record in history] == [6, 6, 6, 3]
 
 
 def test_an_annealer_that_takes_over_a_part_says_that_the_rest_is_left() -> None:

@@ -8,8 +8,10 @@ import pytest
 import torch
 from reference import ConvNet, classification_batches, mlp, train
 from torch import Tensor, nn
+from torch.nn.utils import prune as pruning
 
 from autosparse_fx import AutoSparse, GradientAnnealing, finalize, report, sparsify
+from autosparse_fx.kernels.layers import layers
 
 X = torch.randn(2, 1, 8, 8)
 # Multiply-accumulates for two images, by hand: outputs times the weights that each meets.
@@ -185,3 +187,10 @@ def test_a_graph_that_writes_to_its_input_says_that_it_runs_dense() -> None:
     assert {layer.kernel for layer in found.layers} == {"dense"}
     assert "its graph writes to an input or a buffer" in str(found)
     assert "while a model is prepared" not in str(found)
+
+
+def test_a_weight_that_is_pruned_by_torch_says_which_kernel_it_runs_on() -> None:
+    model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 512)).eval()
+    pruning.l1_unstructured(model[2], "weight", 0.95)
+    found = {layer.name: layer for layer in layers(model, torch.randn(64, 256))}
+    assert found["2.weight_orig"].choice.is_sparse and not found["0.weight"].choice.is_sparse

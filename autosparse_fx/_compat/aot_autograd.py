@@ -69,6 +69,20 @@ def inference_graph(gm: GraphModule) -> GraphModule | None:
     return found[0]
 
 
+def without_autocast(work: Callable[[], Any]) -> Any:
+    """Do something as if no autocast were on: with a graph in which its casts are nodes already. 2.11-2.15."""
+    with torch._C._DisableAutocast():
+        return work()
+
+
+def called_without_autocast(compile_function: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+    """Compile such a graph; Dynamo compiles anew where autocast is switched on or off. 2.11-2.15."""
+    function: Callable[..., Any] = without_autocast(compile_function)
+    if not torch._C._is_any_autocast_enabled():
+        return function
+    return lambda *args: without_autocast(lambda: function(*args))
+
+
 def tracing_again(inputs: Sequence[Any]) -> Any:
     """Within it a graph is traced and compiled apart from any compilation, for fake inputs of one. 2.11-2.15."""
     from torch._guards import TracingContext, tracing

@@ -3,7 +3,7 @@
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,8 @@ def forgetting_what_is_compiled() -> Iterator[None]:
         yield
     finally:
         for module in [module for module in PyCodeCache.modules if id(module) not in before]:
-            PyCodeCache.modules.remove(module)
+            with suppress(ValueError):  # another thread, which compiles as well, has removed it
+                PyCodeCache.modules.remove(module)
             sys.modules.pop(module.__name__, None)
 
 

@@ -12,8 +12,9 @@ from autosparse_fx.capture import run_captured
 from autosparse_fx.inference import inference_graph, with_state_as_inputs
 from autosparse_fx.kernels.choice import CHOICE, Choice
 from autosparse_fx.kernels.program import Window
-from autosparse_fx.passes import INFERENCE_PASSES, fuse_sparse_programs
-from autosparse_fx.passes.constants import constant_name, with_constants
+from autosparse_fx.passes import INFERENCE_PASSES, fold_constants, fuse_sparse_programs, open_encoder_layers
+from autosparse_fx.passes.constants import constant_node, with_constants
+from autosparse_fx.passes.fold_constants import FOLDED_FROM
 from autosparse_fx.passes.lower_sparse_conv import window_arguments
 
 aten = torch.ops.aten
@@ -79,9 +80,11 @@ def _dense(name: str, weight: Tensor, reason: str) -> Layer:
 
 def _layers(graph: GraphModule, names: dict[str, str]) -> list[Layer]:
     geometries = {}
+    open_encoder_layers(graph)
+    fold_constants(graph)
     for node in graph.graph.nodes:
         if node.target in _WEIGHT:
-            name = names.get(constant_name(node.args[_WEIGHT[node.target]]) or "", "")
+            name = _name(node.args[_WEIGHT[node.target]], names)
             node.meta[_NAME] = name
             geometries[name] = _geometry(node)
     for graph_pass in INFERENCE_PASSES:
@@ -93,6 +96,13 @@ def _layers(graph: GraphModule, names: dict[str, str]) -> list[Layer]:
         if CHOICE in node.meta and node.meta.get(_NAME)
     }
     return [Layer(name, chosen[name], *geometries[name]) for name in geometries if name in chosen]
+
+
+def _name(weight: object, names: dict[str, str]) -> str:
+    """The parameter that a weight is, or the first of those that it was computed from."""
+    node = constant_node(weight)
+    sources = [] if node is None else node.meta.get(FOLDED_FROM, [str(node.target)])
+    return next((names[source] for source in sources if names.get(source)), "")
 
 
 def _geometry(node: Node) -> tuple[tuple[int, ...], int, int, Window | None, int, torch.dtype]:

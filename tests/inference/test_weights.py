@@ -1,5 +1,6 @@
 """Sparse inference with weights that change, and from several threads."""
 
+import copy
 import gc
 import threading
 import weakref
@@ -12,8 +13,10 @@ import torch
 from kernels.graphs import prune
 from kernels.models import Mlp, Seen, Stack, assert_same, check, compiled, dense, inputs_of, made
 from torch import Tensor, nn
+from torch.nn.utils import prune as pruning
 
 from autosparse_fx import inference
+from autosparse_fx.compiled_weights import Compiled
 
 X = torch.randn(2, 16, 12, 14, generator=torch.Generator().manual_seed(0))
 
@@ -175,17 +178,80 @@ def test_weights_that_become_sparse_run_sparse(seen: Seen) -> None:
     assert seen.programs == 3
 
 
-def test_weights_that_stay_dense_are_compiled_once(seen: Seen) -> None:
+@pytest.fixture
+def attempts(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """One entry for every time that the passes of inference ran over a graph."""
+    found: list[Any] = []
+    original = inference._make_sparse
+
+    def make_sparse(graph: Any) -> bool:
+        found.append(original(graph))
+        return found[-1]
+
+    monkeypatch.setattr(inference, "_make_sparse", make_sparse)
+    return found
+
+
+def test_weights_that_stay_dense_are_looked_at_once(seen: Seen, attempts: list[Any]) -> None:
     """However often they are written to: an average of a model in training is, before every call."""
     model = prune(Stack(), 0.0).eval()
     fast = compiled(model)
     for _ in range(inference.MOST_REWRITES + 3):
         check(fast, model, X)
-        scatter(model, 0.0)
-    assert (seen.programs, seen.compilations) == (0, 1)
+        with torch.no_grad():
+            model.first.weight.mul_(0.9)
+    assert len(attempts) == seen.compilations == 1
     scatter(model)
     check(fast, model, X)
+    assert attempts == [False, True]
+
+
+class Remembering(nn.Module):
+    """Keeps its last output, as recurrent models do their state."""
+
+    def __init__(self, layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = layers
+        self.register_buffer("last", torch.zeros(2, 16, 12, 14))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layers(x + self.last)
+        self.last = y * 0.1
+        return y
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.9])
+def test_buffers_that_are_exchanged_at_every_call(sparsity: float, seen: Seen, attempts: list[Any]) -> None:
+    model = Remembering(prune(Stack(), sparsity)).eval()
+    wide = copy.deepcopy(model).double()
+    fast = compiled(model)
+    for _ in range(2 * inference.MOST_REWRITES):
+        with torch.no_grad():
+            assert_same(fast(X), wide(X.double()))
+    assert len(attempts) <= (1 if sparsity == 0 else inference.MOST_REWRITES + 1)
+
+
+def test_masks_that_become_sparse_in_place(seen: Seen) -> None:
+    model = prune(Stack(), 0.0).eval()
+    for layer in (model.first, model.second):
+        pruning.identity(layer, "weight")
+    fast = compiled(model)
+    check(fast, model, X)
+    assert seen.programs == 0
+    for layer in (model.first, model.second):
+        layer.weight_mask.copy_(torch.rand_like(layer.weight_mask) > 0.9)
+    check(fast, model, X)
     assert seen.programs == 1
+
+
+@torch._inductor.config.patch(freezing=True)
+def test_writes_to_dense_weights_are_noticed_where_inductor_freezes() -> None:
+    model = prune(Stack(), 0.0).eval()
+    fast = compiled(model)
+    check(fast, model, X)
+    for sparsity in (0.0, 0.9, 0.0):
+        scatter(model, sparsity)
+        check(fast, model, X)
 
 
 def test_dense_weights_that_are_written_through_data_are_seen_by_repack(seen: Seen) -> None:
@@ -264,7 +330,7 @@ def test_threads_that_meet_a_write_compile_once_and_stay_sparse(seen: Seen, monk
         model.first.weight.mul_(2.0)
     expected = dense(model, X)
     count = inference.MOST_REWRITES + 4
-    arrived, local, original = threading.Barrier(count), threading.local(), inference._Compiled.fits
+    arrived, local, original = threading.Barrier(count), threading.local(), Compiled.fits
 
     def fits(self: Any, tensors: Sequence[Tensor]) -> bool:
         """All threads are inside of a call before one compares versions."""
@@ -273,7 +339,7 @@ def test_threads_that_meet_a_write_compile_once_and_stay_sparse(seen: Seen, monk
             arrived.wait(60)
         return original(self, tensors)
 
-    monkeypatch.setattr(inference._Compiled, "fits", fits)
+    monkeypatch.setattr(Compiled, "fits", fits)
 
     def work(_: int) -> None:
         with torch.no_grad():
@@ -283,7 +349,7 @@ def test_threads_that_meet_a_write_compile_once_and_stay_sparse(seen: Seen, monk
     together(count, work)
     assert seen.compilations == before + 1
     programs = seen.programs
-    monkeypatch.setattr(inference._Compiled, "fits", original)
+    monkeypatch.setattr(Compiled, "fits", original)
     check(fast, model, X)
     assert seen.programs == programs + 1
 

@@ -77,6 +77,39 @@ def test_what_else_reads_a_folded_weight_reads_what_it_did() -> None:
     assert isinstance(weight.target, torch._ops.OpOverload)
 
 
+def test_a_view_of_a_folded_weight_that_is_returned_is_no_view_of_the_constant() -> None:
+    graph = Captured(Function(lambda m, x: (x @ (t := (m.a.weight * 2).t()), t), a=nn.Linear(8, 8)), X)
+    graph.apply(fold_constants)
+    with torch.no_grad():
+        (_, first), (_, second) = graph.gm(X), graph.gm(X)
+    assert first.data_ptr() != second.data_ptr()
+
+
+def test_weights_are_computed_in_their_own_precision_under_autocast() -> None:
+    """What autocast casts is cast in the graph; the rest of it asked for float32."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return F.linear(x.to(m.a.weight), m.a.weight @ m.b.weight)
+
+    model = Function(forward, a=nn.Linear(8, 8), b=nn.Linear(8, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        graph = Captured(model, X)
+        assert fold_constants(graph.gm) == 1
+    graph.check()
+    assert {buffer.dtype for buffer in graph.gm.buffers()} == {torch.float32}
+
+
+def test_deep_constants_are_no_matter() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        weight = m.a.weight
+        for _ in range(1500):
+            weight = (weight + weight) * 0.5
+        return F.linear(x, weight)
+
+    assert Captured(Function(forward, a=nn.Linear(8, 8)), X).apply(fold_constants) == 1
+
+
 def test_deep_graphs_are_no_matter() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         for _ in range(1500):

@@ -1,0 +1,121 @@
+"""What a graph became for certain weights, and whether they are still what they were."""
+
+import operator
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from autosparse_fx.kernels.choice import lacking
+
+# What is looked at of every weight at every call, without the interpreter's help: that shows where a model takes
+# milliseconds.
+_VERSION, _FIRST = operator.attrgetter("_version"), operator.itemgetter(0)
+ROWS = 16  # of a weight, at least, by which its zeros are judged
+
+
+class Compiled:
+    """What a graph became for certain tensors, which it does not hold.
+
+    Args:
+        tensors: weights and buffers.
+        function: what to call.
+        arguments: the numbers of the arguments that the function takes.
+        versions: of the tensors whose writes matter, by their numbers.
+        is_frozen: whether the tensors are constants of the function. It is for these alone then, and for all tensors
+            that come with the same parameters otherwise.
+        rewrites: how often constants had to be given up for these parameters.
+        zeros: where the tensors are no constants, what :func:`zeros_of` found in them.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        function: Callable[..., Any],
+        arguments: Sequence[int],
+        versions: dict[int, int],
+        *,
+        is_frozen: bool,
+        rewrites: int,
+        zeros: dict[int, int] | None = None,
+    ) -> None:
+        self.function, self.arguments, self.rewrites = function, list(arguments), rewrites
+        self.is_frozen, self.zeros = is_frozen, zeros or {}
+        self._parameters = [number for number, tensor in enumerate(tensors) if isinstance(tensor, nn.Parameter)]
+        self._own = list(range(len(tensors))) if is_frozen else self._parameters
+        self._watched, self._versions = list(versions), list(versions.values())
+        self._probes = _probes(tensors) if is_frozen else []
+        self._probed = list(map(_FIRST, self._probes))
+        self._gone: list[object] = []
+        # Their numbers are compared at every call, which takes less than looking at references; those only tell when a
+        # number may have come to mean another tensor.
+        self.ids = [id(tensors[number]) for number in self._own]
+        self._refs = {number: weakref.ref(tensors[number], self._gone.append) for number in self._own}
+
+    def is_for(self, tensors: Sequence[Tensor]) -> bool:
+        return not self._gone and self.ids == list(map(id, map(tensors.__getitem__, self._own)))
+
+    def fits(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether it is for these tensors, as they are now."""
+        if not self.is_for(tensors):
+            return False
+        is_same = self._versions == list(map(_VERSION, map(tensors.__getitem__, self._watched)))
+        return is_same and self._probed == list(map(_FIRST, self._probes))
+
+    def has_parameters_of(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether it is for these parameters, if with other buffers."""
+        return all(self._refs[number]() is tensors[number] for number in self._parameters)
+
+    def has_fewer_zeros(self, zeros: dict[int, int]) -> bool:
+        """Whether one of the tensors holds more zeros now, by a tenth of it."""
+        return any(tenths > self.zeros.get(number, tenths) for number, tenths in zeros.items())
+
+    @property
+    def is_dead(self) -> bool:
+        return bool(self._gone)
+
+
+def may_run_sparse(tensor: Tensor) -> bool:
+    """Whether there is a sparse kernel for a weight like this."""
+    return tensor.dim() >= 2 and not lacking(tensor)
+
+
+def versions_of(tensors: Sequence[Tensor]) -> dict[int, int]:
+    """How often each tensor was written to, by its number; of those whose writes autograd counts."""
+    return {number: tensor._version for number, tensor in enumerate(tensors) if not tensor.is_inference()}
+
+
+def zeros_of(tensors: Sequence[Tensor]) -> dict[int, int]:
+    """How many tenths of each weight are zeros, by its number; judged by some of its rows."""
+    return {number: _tenths(tensor) for number, tensor in enumerate(tensors) if may_run_sparse(tensor)}
+
+
+def _tenths(tensor: Tensor) -> int:
+    rows = tensor.detach()[:: max(1, tensor.shape[0] // ROWS)]
+    return 10 * (rows.numel() - int(rows.count_nonzero())) // max(1, rows.numel())
+
+
+def _probes(tensors: Sequence[Tensor]) -> list[memoryview]:
+    """What to look at besides versions: batch norm writes to its statistics without counting it."""
+    buffers = [t for t in tensors if not isinstance(t, nn.Parameter) and t.dim() == 1 and t.numel() and not lacking(t)]
+    # Their bits, because NumPy knows no bfloat16; and as memory, of which Python reads an element fastest.
+    bits = {2: torch.int16, 4: torch.int32}
+    return [t.detach().view(bits[t.dtype.itemsize]).numpy().data for t in buffers]
+
+
+def count_fused_writes(known: Callable[[], set[int]]) -> None:
+    """From now on count the writes of fused optimizers, which they do not themselves, to tensors with the ids that
+    ``known`` returns."""
+
+    @torch.compiler.disable
+    def count(optimizer: Optimizer, args: object, kwargs: object) -> None:
+        fused = [p for group in optimizer.param_groups if group.get("fused") for p in group["params"]]
+        if fused:
+            ids = known()
+            torch.autograd.graph.increment_version([p for p in fused if id(p) in ids])
+
+    register_optimizer_step_post_hook(count)
