@@ -18,6 +18,7 @@ from autosparse_fx.optimizers import (
     check_momentum_can_be_cleared,
     clear_momentum_of_masked,
     optimizer_steps,
+    steps_nowhere,
     unwrapped,
     warn_of_late_weights,
     warn_of_untrained_parameters,
@@ -260,6 +261,8 @@ class GradientAnnealing:
 
     @torch.compiler.disable
     def _after_optimizer_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        if steps_nowhere(optimizer):
+            return
         self._advance()
         if self._clears_momentum:
             clear_momentum_of_masked(optimizer, self._masked())

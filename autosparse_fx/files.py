@@ -1,6 +1,7 @@
 """Files that are written whole or not at all."""
 
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -30,8 +31,16 @@ def checked_path(path: str | os.PathLike[str], suffixes: Sequence[str] = ()) -> 
 def written(target: Path) -> Iterator[Path]:
     """A temporary file that takes the place of ``target`` when the block ends without an error.
 
-    As with ``open``, a link is followed, and a file that is there keeps its permissions.
+    As with ``open``, a link is followed, and a file that is there keeps its permissions. What is no file (a pipe, a
+    device) is written to.
     """
+    if target.exists() and not target.is_file():
+        with tempfile.TemporaryDirectory() as folder:
+            partial = Path(folder) / f"whole{target.suffix}"
+            yield partial
+            with partial.open("rb") as source, target.open("wb") as sink:
+                shutil.copyfileobj(source, sink)
+        return
     target = target.resolve()
     descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=".autosparse-", suffix=target.suffix)
     os.close(descriptor)

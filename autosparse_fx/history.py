@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -64,13 +65,18 @@ class History:
 
     @staticmethod
     def _merged(every: Iterable[_Columns]) -> list[Record]:
+        """By rising step. Weights of an annealer that notes other steps stay as they were in between."""
         found: dict[int, Record] = {}
         for columns in every:
             record = found.setdefault(columns.step, Record(columns.step, columns.alpha, {}, {}))
             sparsity, cut = columns.values.tolist()
             record.sparsity.update(zip(columns.names, sparsity, strict=True))
             record.threshold.update(zip(columns.names, cut, strict=True))
-        return [found[step] for step in sorted(found)]
+        records = [found[step] for step in sorted(found)]
+        for before, after in itertools.pairwise(records):
+            for known, own in ((before.sparsity, after.sparsity), (before.threshold, after.threshold)):
+                own.update({name: value for name, value in known.items() if name not in own})
+        return records
 
     def total_sparsity(self, record: Record) -> float:
         """Zeros over all masked weights of a record, a fraction in [0, 1]."""
@@ -95,8 +101,12 @@ class History:
         """The last record as one flat dict of numbers, for any logger."""
         if not self._columns:
             return {}
-        last = max(columns.step for columns in self._columns)
-        (record,) = self._merged(columns for columns in self._columns if columns.step == last)
+        needed: list[_Columns] = []
+        for columns in sorted(self._columns, key=lambda c: c.step, reverse=True):
+            if {name for c in needed for name in c.names} == set(self.numel):
+                break
+            needed.append(columns)
+        record = self._merged(reversed(needed))[-1]
         return {
             "step": record.step,
             "alpha": record.alpha,

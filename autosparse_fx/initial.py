@@ -46,9 +46,12 @@ def threshold_shape(parameter: Tensor, axis: int, config: AutoSparse) -> torch.S
 
 
 def new_mask(parameter: Tensor, axis: int, weight: MaskedWeight) -> tuple[nn.Parameter, Tensor]:
-    """Return a threshold (zeros) and an offset (the initial logit) for ``parameter``, both float32."""
+    """Return a threshold (zeros) and an offset (the initial logit) for ``parameter``, both float32.
+
+    The threshold of a frozen parameter is frozen.
+    """
     logit, weight.provisional = initial_logit(parameter, weight.config.threshold_init, axis)
     shape = threshold_shape(parameter, axis, weight.config)
     offset = torch.full(shape, logit, dtype=torch.float32, device=parameter.device)
     offset = placed_beside(offset, parameter, axis)
-    return nn.Parameter(torch.zeros_like(offset)), offset
+    return nn.Parameter(torch.zeros_like(offset), requires_grad=parameter.requires_grad), offset

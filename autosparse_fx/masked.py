@@ -29,9 +29,11 @@ from autosparse_fx.refusals import (
     refuse_late_dtensor,
     refuse_lookup,
     refuse_second_owner,
+    refuse_symbolic_trace,
 )
 
 MASKED_NAMES = "autosparse_masked"  # in the metadata of a module's state_dict: which of its weights were masked
+SCALE = "autosparse_scale"  # and the threshold_scale that its thresholds are for
 MASK_DTYPES = (torch.float32, torch.float64)
 ALPHA = "autosparse_alpha"  # the non-persistent buffer, shared by all masked modules of a model on one device
 
@@ -148,6 +150,7 @@ class MaskedModule(nn.Module):
         metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
         if metadata is not None:
             metadata[MASKED_NAMES] = [slot.name for slot in self._autosparse_slots]
+            metadata[SCALE] = self._autosparse_scale
 
     def _load_from_state_dict(
         self,
@@ -183,6 +186,11 @@ class MaskedModule(nn.Module):
         )
         self._leave_meta()
         self._keep_float32()
+        if (ratio := local_metadata.get(SCALE, self._autosparse_scale) / self._autosparse_scale) != 1:
+            for slot in self._autosparse_slots:
+                if prefix + slot.threshold in state_dict:  # a new tensor: with assign=True this one is the state's
+                    threshold, _ = mask_state(self, slot)
+                    threshold.data = threshold.data * ratio
         for slot in dense:
             for key in (slot.threshold, slot.offset):
                 if prefix + key in missing_keys:
@@ -250,6 +258,8 @@ def masked_weight(module: MaskedModule, slot: Slot) -> Tensor:
         return weight
     if torch.compiler.is_compiling():
         return threshold_mask(weight, logit(module, slot), alpha_of(module))
+    if eager.is_symbolically_traced(module, slot.name):
+        refuse_symbolic_trace(module, slot)
     return masked_once(weight, lambda: _mask(module, slot, weight))
 
 

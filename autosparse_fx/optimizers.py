@@ -12,7 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from autosparse_fx.attach import masked_modules
 from autosparse_fx.consistency import late_weights
-from autosparse_fx.dtensors import is_dtensor
+from autosparse_fx.dtensors import full_tensor, is_dtensor
 from autosparse_fx.masked import MaskedModule, logit, mask_state, stored_weight
 from autosparse_fx.report import plans_of
 
@@ -98,6 +98,18 @@ def unwrapped(optimizer: object) -> Optimizer:
             "optimizer that it wraps, or none, and call step() of the annealer after each of its steps"
         )
     return found
+
+
+def steps_nowhere(optimizer: Optimizer) -> bool:
+    """Whether the step that an optimizer just took was none: with rates and gradients of 0, as the state dicts of
+    torch.distributed.checkpoint take one to have an optimizer make its state.
+
+    Where gradients are sharded they gather, so every rank must call this.
+    """
+    if any(float(group.get("lr", 1.0)) != 0 for group in optimizer.param_groups):
+        return False
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return bool(gradients) and not any(full_tensor(torch.linalg.vector_norm(g)) for g in gradients)
 
 
 def warn_of_late_weights(model: nn.Module) -> None:

@@ -71,6 +71,7 @@ class MaskedWeight:
     name: str  # the full name that it had in ``sparsify``
     config: AutoSparse  # of the rule that applies
     provisional: bool = False  # threshold_init="auto" was computed without the weights' values
+    found_by_use: bool = False  # no layer of a known class multiplied by it: example_inputs found it, or a graph
 
 
 @dataclass(eq=False)

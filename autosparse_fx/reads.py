@@ -24,7 +24,7 @@ class _Memo:
 
     def __init__(self) -> None:
         self._hooks = eager.saved_tensor_hooks()
-        self.masked: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
+        self.masked: dict[tuple[int, int, bool], tuple[Tensor, Tensor]] = {}
 
     @property
     def is_current(self) -> bool:
@@ -71,11 +71,11 @@ def masking_once_outside_graphs(forward: Callable[..., Any]) -> Callable[..., An
 
 
 def masked_once(weight: Tensor, mask: Callable[[], Tensor]) -> Tensor:
-    """Return ``mask()``, or what it returned before in the same forward for the same weight and grad mode."""
+    """Return ``mask()``, or what it returned before in the same forward for the weight as it is and the grad mode."""
     memo = _reads.memo
     if memo is None or not memo.is_current:
         return mask()
-    key = (id(weight), torch.is_grad_enabled())
+    key = (id(weight), 0 if weight.is_inference() else weight._version, torch.is_grad_enabled())
     if key not in memo.masked:
         memo.masked[key] = (weight, mask())  # holding the weight keeps its id from being used again
     return memo.masked[key][1]

@@ -29,6 +29,14 @@ def refuse_second_owner(module: Any, slot: Slot) -> None:
     )
 
 
+def refuse_symbolic_trace(module: Any, slot: Slot) -> None:
+    raise RuntimeError(
+        f"{describe(module, slot.name)} is masked by autosparse_fx, and torch.fx.symbolic_trace would make a constant "
+        "of what it reads as now: trace the dense model and sparsify(..., example_inputs=...) what comes out, finalize "
+        "the model first, or use torch.export"
+    )
+
+
 def refuse_assignment(module: Any, name: str, value: object) -> None:
     raise TypeError(
         f"{describe(module, name)} is masked by autosparse_fx and cannot become a {type(value).__name__}: assign a "

@@ -79,6 +79,13 @@ def save_sparse(model_or_state_dict: nn.Module | Mapping[str, Tensor], path: str
         _seal(unsealed)
 
 
+def is_sparse_file(path: Path) -> bool:
+    """Whether a file seems to be one of :func:`save_sparse`, damaged or not."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return length <= _LARGEST_HEADER and _SEAL_PATTERN.search(file.read(length)) is not None
+
+
 def load_sparse(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read a file of :func:`save_sparse`: a dense state dict, on the CPU, for ``model.load_state_dict``.
 

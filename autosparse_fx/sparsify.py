@@ -20,7 +20,7 @@ from autosparse_fx.masked import ALPHA, MaskedModule, alpha_of, mask_state, mask
 from autosparse_fx.ownership import remember_finalized
 from autosparse_fx.plan import MaskedWeight, Plan, Slot
 from autosparse_fx.report import group_sparsities
-from autosparse_fx.selection import Candidate, collect, refuse_lazy_parameters, refuse_wrappers, select
+from autosparse_fx.selection import collect, refuse_lazy_parameters, refuse_wrappers, select
 from autosparse_fx.steering import TOLERANCE, explain_failure, steer, steered_groups
 
 __all__ = ["dense_weights", "finalize", "sparsify"]
@@ -85,6 +85,7 @@ def sparsify(
                 f"weight '{name}' is being made sparse already by torch.compile(..., options=...), as "
                 f"{mask.request.config}: sparsify without a configuration takes that over"
             )
+    by_use = {id(candidate.parameter) for candidate in collect(model) if candidate.axis is None}
     used = {id(parameter): mask.axis for _, parameter, mask in hidden} or None
     if example_inputs is not None:
         refuse_lazy_parameters(model)  # which the capture would run into
@@ -110,6 +111,7 @@ def sparsify(
             masked_class(type(module), (Slot(name, candidate.axis),), config.threshold_scale)
         known = hidden_mask(candidate.parameter)
         weight = MaskedWeight(candidate.name, rule) if known is None else replace(known.weight, name=candidate.name)
+        weight.found_by_use = id(candidate.parameter) in by_use
         made = new_mask(candidate.parameter, candidate.axis, weight) if known is None else known.state()
         alpha = _shared_alpha(alphas, candidate.parameter.device, config.alpha if known is None else float(known.alpha))
         prepared_masks.append((candidate, weight, *made, alpha))
@@ -222,7 +224,7 @@ def _reconcile(model: nn.Module, before: dict[str, tuple[Any, Slot]]) -> None:
         if candidate is None or id(candidate) in done or not isinstance(source, MaskedModule):
             continue  # gone, seen already, or finalized inside the context
         done.add(id(candidate))
-        if candidate.axis is None and not _still_multiplied(source, candidate):
+        if candidate.axis is None and not source._autosparse.weights[slot.name].found_by_use:  # by a layer, before
             for module, _ in candidate.holders:
                 if isinstance(module, MaskedModule):
                     detach(module)
@@ -239,11 +241,6 @@ def _reconcile(model: nn.Module, before: dict[str, tuple[Any, Slot]]) -> None:
         alpha = alpha_of(source)
         for module, held in candidate.holders:
             attach(module, Slot(held, slot.axis), weight, state.plan, threshold, offset, alpha)
-
-
-def _still_multiplied(source: nn.Module, candidate: Candidate) -> bool:
-    """Whether a weight that no known layer class multiplies by (now) is one that example_inputs had found."""
-    return any(m is source and not isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for m, _ in candidate.holders)
 
 
 def _resized(
@@ -287,8 +284,11 @@ def _steer_to_targets(modules: list[tuple[str, Any]]) -> None:
     groups = steered_groups(module for _, module in modules)
     if not groups:
         raise ValueError("finalize: reach_target needs a target, and the model was prepared with target_sparsity=None")
+    before = [(offset, offset.clone()) for weights in groups.values() for w in weights for offset in w.offsets]
     for (target, _), weights in groups.items():
         if not steer(weights, target, weights[0].module._autosparse.plan.config.max_layer_sparsity, exact=True):
+            for offset, value in before:
+                offset.copy_(value)
             raise RuntimeError(f"finalize: {explain_failure(weights, target)}")
 
 

@@ -10,6 +10,7 @@ timed apart, and given as its share of a step when spread over them. Rank 0 prin
 
 import argparse
 import copy
+import os
 import statistics
 import time
 
@@ -72,10 +73,11 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help="of each rank (default: as train_step.py has it)")
     parser.add_argument("--rounds", type=int, default=9, help="of dense and sparse in turn (default: %(default)s)")
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cpu")
+    if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]):  # NCCL wants a GPU for each process
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if device.type == "cuda":
-        torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
     torch.manual_seed(0)
     model, x, y = build(args.model, args.batch_size or BATCHES[args.model], device)
     dense = Trained(copy.deepcopy(model), x, y, args.strategy, target=None)

@@ -38,7 +38,7 @@ def main() -> None:
         args.data, args.data_dir, device=torch.device("cpu"), download=False, rgb=rgb, image_size=224, workers=2
     )
     model = build_model(args.arch, channels=data.channels, size=data.size, num_classes=data.num_classes)
-    model.load_state_dict(torch.load(args.model, weights_only=True))
+    model.load_state_dict(torch.load(args.model, map_location="cpu", weights_only=True))
     model.eval()
     with torch.no_grad():
         dense = torch.compile(model, backend="inductor")

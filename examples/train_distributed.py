@@ -3,9 +3,9 @@
     torchrun --nproc-per-node 2 examples/train_distributed.py --strategy ddp
     torchrun --nproc-per-node 2 --max-restarts 3 examples/train_distributed.py --strategy fsdp --checkpoint run
 
-NCCL where there are GPUs, gloo on the CPU otherwise. With `--checkpoint` the run writes its state into that folder, and
-goes on from there when it is started again: by `torchrun --max-restarts` after a process has died, or by you, on
-another number of processes or with the other strategy if you like.
+NCCL where there is a GPU for each process, gloo on the CPU otherwise. With `--checkpoint` the run writes its state into
+that folder, and goes on from there when it is started again: by `torchrun --max-restarts` after a process has died, or
+by you, on another number of processes or with the other strategy if you like.
 
 What sparse training adds to an ordinary loop: `sparsify` before the model is wrapped, `GradientAnnealing` after it, and
 the annealer in the checkpoint. Thresholds are parameters, so DDP averages their gradients and FSDP2 shards them.
@@ -279,7 +279,7 @@ def main() -> None:
         sys.exit("error: start this script with torchrun, as in: torchrun --nproc-per-node 2 train_distributed.py")
     torch.set_num_threads(args.threads)
     device = torch.device("cpu")
-    if torch.cuda.is_available():
+    if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]):  # NCCL wants a GPU for each process
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     join_group("nccl" if device.type == "cuda" else "gloo")

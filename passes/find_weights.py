@@ -7,6 +7,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from autosparse_fx._compat.dynamo_graphs import HigherOrderOperator, is_module_state
+from autosparse_fx.passes.modes import is_autograd_function
 from autosparse_fx.passes.origins import depending_on, origins
 from autosparse_fx.passes.products import Operand, operands
 
@@ -81,7 +82,7 @@ def _subgraphs(gm: GraphModule, node: Node) -> list[tuple[GraphModule, dict[Node
     for arg in node.args[last + 1 :]:
         flat.extend(arg if isinstance(arg, (list, tuple)) else [arg])
     found: list[tuple[GraphModule, dict[Node, Node]]] = []
-    for _, subgraph in subgraphs:
+    for _, subgraph in subgraphs[:1] if is_autograd_function(node) else subgraphs:
         placeholders = [n for n in subgraph.graph.nodes if n.op == "placeholder"]
         passed = flat[-len(placeholders) :] if placeholders else []
         if len(passed) == len(placeholders):

@@ -3,8 +3,10 @@
 import inspect
 from collections.abc import Iterable
 from types import FunctionType
+from typing import Any
 
 import torch
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import Graph, GraphModule, Node
 
 from autosparse_fx._compat.dynamo_graphs import (
@@ -75,6 +77,8 @@ def _writes(user: Node, node: Node) -> bool:
     out = user.kwargs.get("out")
     if node is out or (isinstance(out, (list, tuple)) and node in out):
         return True
+    if node in _written_by_schema(user):
+        return True
     name = function_name(user)
     arguments = _arguments(user)
     if arguments.get("inplace") is True and node in (arguments.get("input"), *user.args[:1]):
@@ -85,6 +89,19 @@ def _writes(user: Node, node: Node) -> bool:
     if first is not node and not (name.startswith("_foreach_") and isinstance(first, (list, tuple)) and node in first):
         return False
     return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+
+
+def _written_by_schema(user: Node) -> list[object]:
+    """What an operator writes to, as custom ones declare it."""
+    target: Any = user.target
+    if isinstance(target, OpOverloadPacket) and target.overloads() == ["default"]:
+        target = target.default
+    if not isinstance(target, OpOverload) or not target._schema.is_mutable:
+        return []
+    arguments = target._schema.arguments
+    given = {a.name: value for a, value in zip(arguments, user.args, strict=False)} | dict(user.kwargs)
+    written = [given.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [value for found in written for value in (found if isinstance(found, (list, tuple)) else [found])]
 
 
 def _arguments(user: Node) -> dict[str, object]:
@@ -102,13 +119,18 @@ def _inside(user: Node, node: Node) -> list[Node]:
     owner = user.graph.owning_module
     operands = [a for arg in user.args for a in (arg if isinstance(arg, (list, tuple)) else [arg])]
     found = []
-    for arg in user.args:
+    for arg in user.args[:1] if is_autograd_function(user) else user.args:
         subgraph = getattr(owner, str(arg.target), None) if isinstance(arg, Node) and arg.op == "get_attr" else None
         if isinstance(subgraph, GraphModule):
             placeholders = [n for n in subgraph.graph.nodes if n.op == "placeholder"]
             passed = operands[len(operands) - len(placeholders) :]
             found += [p for p, operand in zip(placeholders, passed, strict=False) if operand is node]
     return found
+
+
+def is_autograd_function(node: Node) -> bool:
+    """Whether a node calls an ``autograd.Function``: its first graph gets the operands, its backward one does not."""
+    return isinstance(node.target, HigherOrderOperator) and str(node.target) == "autograd_function_apply"
 
 
 def function_name(node: Node) -> str:

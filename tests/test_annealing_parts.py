@@ -11,6 +11,7 @@ import reference
 import torch
 from annealers import alpha_of, one_step, sgd, sparse_mlp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.optim import Optimizer
 
 import autosparse_fx
@@ -62,7 +63,23 @@ def test_parts_are_resumed_one_by_one_with_the_history_of_both() -> None:
         other.load_state_dict(annealer.state_dict())
     one_step(resumed.generator, optimizers[0])
     history = autosparse_fx.report(resumed).history
-    assert [len(record.sparsity) for record in history] == [6, 6, 6, 3]
+    assert [len(record.sparsity) for record in history] == [6, 6, 6, 6]
+    assert history.latest() == {**history.latest(), "step": 4.0}
+
+
+def test_parts_of_trainings_of_other_lengths_have_no_gaps() -> None:
+    pair = autosparse_fx.sparsify(Pair(), AutoSparse(target_sparsity=0.5))
+    optimizers = sgd(pair.generator), sgd(pair.critic)
+    GradientAnnealing(pair.generator, 20, optimizers[0])
+    GradientAnnealing(pair.critic, 300, optimizers[1])
+    for step in range(300):
+        if step % 15 == 0:
+            one_step(pair.generator, optimizers[0])
+        one_step(pair.critic, optimizers[1])
+    history = autosparse_fx.report(pair).history
+    assert all(len(record.sparsity) == 6 for record in history)
+    assert history.total_sparsity(history.records[-1]) == pytest.approx(0.5, abs=TOLERANCE)
+    assert history.latest()["sparsity"] == pytest.approx(0.5, abs=TOLERANCE)
 
 
 def test_an_annealer_that_takes_over_a_part_says_that_the_rest_is_left() -> None:
@@ -175,3 +192,27 @@ def test_a_copy_of_the_whole_training_goes_on_by_itself(copied: Any) -> None:
     one_step(model, optimizer)
     assert (annealer.steps, its_annealer.steps) == (2, 3)
     assert alpha_of(its_model) < alpha_of(model)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_state_dicts_of_distributed_checkpoints_are_no_steps(momentum: float) -> None:
+    model = sparse_mlp()
+    optimizer = sgd(model, momentum=momentum)
+    annealer = GradientAnnealing(model, 10, optimizer)
+    get_state_dict(model, optimizer)
+    for count in range(1, 4):
+        one_step(model, optimizer)
+        get_state_dict(model, optimizer)
+        assert annealer.steps == count
+
+
+@pytest.mark.parametrize("grads", [True, False])
+def test_a_step_of_a_warm_up_with_rate_zero_counts(grads: bool) -> None:
+    model = sparse_mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    annealer = GradientAnnealing(model, 10, optimizer)
+    if grads:
+        one_step(model, optimizer)
+    else:
+        optimizer.step()
+    assert annealer.steps == 1

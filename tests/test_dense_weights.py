@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from autosparse_fx import AutoSparse, GradientAnnealing, dense_weights, finalize, report, sparsify
+from autosparse_fx import AutoSparse, GradientAnnealing, dense_weights, finalize, report, sparsify, thresholds
 
 CONFIG = AutoSparse(alpha=0.5, threshold_init=-2.5)
 
@@ -368,3 +368,23 @@ def plain_copy(model: nn.Sequential) -> nn.Sequential:
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
     plain.load_state_dict({name: t for name, t in model.state_dict().items() if name in plain.state_dict()})
     return plain
+
+
+def test_a_weight_that_was_found_by_its_use_stays_masked() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.mix = nn.Embedding(8, 4), nn.ParameterDict({"w": torch.randn(4, 4)})
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.tokens(x) @ self.mix["w"]) @ self.tokens.weight.t()
+
+    model = sparsify(Tied(), example_inputs=torch.arange(8))
+    names = {"tokens.weight", "mix.w"}
+    assert set(thresholds(model)) == names
+    with dense_weights(model):
+        pass
+    assert set(thresholds(model)) == names
+    with dense_weights(model):
+        model.mix = copy.deepcopy(model.mix)
+    assert set(thresholds(model)) == names

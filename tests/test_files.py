@@ -100,3 +100,13 @@ def test_paths_are_checked_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError, match=r"folder\.png' is a directory: give the name of a file"):
         checked_path(tmp_path / "folder.png", (".png",))
     assert not (tmp_path / "missing").exists()
+
+
+def test_what_is_no_file_is_written_to(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    with written(pipe) as partial:
+        partial.write_text("whole")
+    assert os.read(reader, 10) == b"whole" and pipe.is_fifo()
+    os.close(reader)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from masked_models import CONFIG, Everything, alphas, assert_same, own_state, sparse_model
 from torch import Tensor, nn
 
-from autosparse_fx import AutoSparse, GradientAnnealing, dense_weights, sparsify
+from autosparse_fx import AutoSparse, GradientAnnealing, dense_weights, sparsify, thresholds
 
 # Keys.
 
@@ -229,3 +229,17 @@ def test_partial_load_that_is_not_strict_leaves_the_rest_alone() -> None:
     model.load_state_dict({"norm.running_mean": torch.ones(8)}, strict=False)
     for name, t in model.state_dict().items():
         assert torch.equal(t, torch.ones(8) if name == "norm.running_mean" else expected[name]), name
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_thresholds_of_another_scale_mean_the_same_cuts(assign: bool) -> None:
+    saved, model = (sparsify(nn.Linear(6, 4), AutoSparse(threshold_scale=scale)) for scale in (0.1, 1.0))
+    with torch.no_grad():
+        saved.weight_threshold.fill_(10.0)
+    state = saved.state_dict()
+    model.load_state_dict(state, assign=assign)
+    torch.testing.assert_close(thresholds(model)["weight"], thresholds(saved)["weight"])
+    assert torch.equal(model.weight, saved.weight)
+    assert float(state["weight_threshold"]) == 10.0
+    model.load_state_dict(model.state_dict())
+    torch.testing.assert_close(thresholds(model)["weight"], thresholds(saved)["weight"])

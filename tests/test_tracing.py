@@ -9,7 +9,7 @@ import torch
 from backend_models import MASK, X, sparse_mlp
 from torch import Tensor, nn
 
-from autosparse_fx import AutoSparse, sparsify
+from autosparse_fx import AutoSparse, sparsify, thresholds
 
 # All of torch itself, about dense models as well: where a compiled graph begins with a computed tensor, and in export.
 pytestmark = pytest.mark.filterwarnings(
@@ -142,3 +142,42 @@ def test_recurrent_layer_breaks_the_graph_as_the_dense_one_does_and_no_more(make
     dense = Net()
     allowed = max(2, graphs_of(dense))  # one before the recurrent layer, one after it; 2.11 gives up on the dense model
     assert graphs_of(sparsify(dense, AutoSparse(threshold_init=-2.5))) <= allowed
+
+
+class Own(nn.Linear):
+    """Not a leaf for ``torch.fx.symbolic_trace``, as layers of torch.nn are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias) + self.weight.sum()
+
+
+def test_symbolic_trace_of_own_layers_is_refused_with_a_cure_that_works() -> None:
+    """It would make constants of the masked weights: parameters that are gone, and masks of one moment."""
+    dense = nn.Sequential(Own(16, 16), nn.ReLU(), Own(16, 4))
+    with pytest.raises(RuntimeError, match=r"of Own is masked.*symbolic_trace.*trace the dense model"):
+        torch.fx.symbolic_trace(sparsify(copy.deepcopy(dense)))
+    gm = sparsify(torch.fx.symbolic_trace(dense), AutoSparse(threshold_init=-2.5), example_inputs=X)
+    assert set(thresholds(gm)) == {"0.weight", "2.weight"}
+    expected = sparsify(dense, AutoSparse(threshold_init=-2.5))
+    torch.testing.assert_close(gm(X), expected(X))
+
+
+def test_weights_that_change_within_a_forward_are_masked_anew() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            first = x @ self.w
+            with torch.no_grad():
+                self._parameters["w"].add_(1.0)
+            return first + x @ self.w
+
+    model, x = Inner(), torch.randn(2, 4)
+    sparsify(model, AutoSparse(threshold_init=-3.0), example_inputs=x)
+    w = model._parameters["w"].detach().clone()
+    with torch.no_grad():
+        y = model(x)
+    expected = x @ reference.masked(w, torch.tensor(-3.0), 1.0) + x @ reference.masked(w + 1, torch.tensor(-3.0), 1.0)
+    torch.testing.assert_close(y, expected)

@@ -105,3 +105,14 @@ def test_a_target_out_of_reach_is_refused_and_changes_nothing() -> None:
     with pytest.raises(RuntimeError, match=r"finalize: target_sparsity=0\.9 cannot be reached"):
         finalize(model, reach_target=True)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_target_out_of_reach_leaves_the_groups_that_could_reach_theirs() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    sparsify(model, AutoSparse(target_sparsity=0.5, rules={"1.*": {"target_sparsity": 0.9}}))
+    with torch.no_grad():
+        model[1]._parameters["weight"].fill_(3.0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="cannot be reached"):
+        finalize(model, reach_target=True)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -10,6 +10,7 @@ from torch import nn
 
 import autosparse_fx
 from autosparse_fx.config import AutoSparse
+from autosparse_fx.sparse_files import is_sparse_file
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -17,10 +18,13 @@ def read_file(path: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: if the file holds anything else, or is truncated.
+        ImportError: if it is one of ``save_sparse``, and safetensors is not installed.
         OSError: if it cannot be read.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {str(path)!r}")
+    if is_sparse_file(path):
+        return dict(autosparse_fx.load_sparse(path))
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -194,7 +194,8 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        formula = PRODUCTS.get(getattr(func, "overloadpacket", None))
+        packet = getattr(func, "overloadpacket", None)
+        formula = PRODUCTS.get(packet) or PRODUCTS.get(str(packet))
         if formula is None and torch.is_inference_mode_enabled() and getattr(func, "namespace", "") == "aten":
             with self:  # there operators come as the user called them
                 out = func.decompose(*args, **kwargs)

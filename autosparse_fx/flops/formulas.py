@@ -1,7 +1,7 @@
 """Multiply-accumulates of the operations that multiply, from the shapes of their operands.
 
-``PRODUCTS`` goes by ATen operator, as a graph runs them; ``LAYERS`` and ``POOLING`` by the function in a Dynamo graph,
-for what ATen takes apart into many steps, or where only the function tells what is meant.
+``PRODUCTS`` goes by ATen operator (or the name of another), as a graph runs them; ``LAYERS`` and ``POOLING`` by the
+function in a Dynamo graph, for what ATen takes apart into many steps, or where only the function tells what is meant.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -60,6 +60,20 @@ def _convolution(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> li
     return [Term(numel(x if transposed else out) * sympy.prod(size(weight)[1:]), (x, weight))]
 
 
+def _grouped_product(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> list[Term]:
+    """``[T, k] @ [G, k, n]``, where each row meets one matrix of the group, and its kin; of two matrices the groups are
+    parts of the dimension that is summed over."""
+    a, b = (_operand(args, kwargs, i, name) for i, name in enumerate(("input", "mat2")))
+    groups = size(out)[0] if a.dim() == b.dim() == 2 else 1
+    return [Term(numel(out) / groups * size(a)[-1], (a, b))]
+
+
+def _time_batch_channels(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> list[Term]:
+    """``conv_tbc``, whose weight is ``[kernel, in, out]``."""
+    x, weight = args[:2]
+    return [Term(numel(out) * sympy.prod(size(weight)[:2]), (x, weight))]
+
+
 def _attention(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> list[Term]:
     """``softmax(q @ k.T) @ v`` over ``[batch, heads, length, width]``; a causal or given mask saves nothing here."""
     q, k, v = args[:3]
@@ -85,6 +99,9 @@ def _encoder_layer(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> 
 
 
 PRODUCTS: dict[Any, Formula] = {
+    aten._grouped_mm: _grouped_product,
+    "transformers.grouped_mm_fallback": _grouped_product,  # by its name, since it is there with transformers only
+    aten.conv_tbc: _time_batch_channels,
     aten._native_multi_head_attention: _native_attention,
     aten._transformer_encoder_layer_fwd: _encoder_layer,
     **{op: _matrix_product(0) for op in (aten.mm, aten.bmm, aten.mv, aten.dot, aten.vdot)},

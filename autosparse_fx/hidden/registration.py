@@ -50,7 +50,7 @@ def register(weights: Mapping[nn.Parameter, int], around: list[nn.Parameter], re
             registry.missed[parameter] = (name, request)
             registry.members += 1
     unseen = [p for p in (*weights, *around) if registry.seen.get(p) != request]
-    if not unseen and not any(_is_new(p, request) for p in weights):
+    if not unseen and not any(_is_new(p, request) and registry.dense.get(p) != request for p in weights):
         return
     found = places([*weights, *around])
     expected = _expected([found[id(p)].scope for p in (*weights, *around) if id(p) in found], found, request)

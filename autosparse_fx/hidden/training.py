@@ -26,6 +26,7 @@ from autosparse_fx.annealing import GradientAnnealing
 from autosparse_fx.hidden import asked, masks
 from autosparse_fx.hidden.masks import HiddenMask, Request
 from autosparse_fx.ops import signed_sum
+from autosparse_fx.optimizers import steps_nowhere
 from autosparse_fx.plan import Plan
 
 _READ = "_autosparse_read"  # the version of a gradient that a step has seen
@@ -126,6 +127,8 @@ class _Run:
         self._twin.step()
         if found_inf is not None:
             del self._twin.grad_scale, self._twin.found_inf  # type: ignore[attr-defined]
+        if steps_nowhere(optimizer):
+            return
         self._steps += 1
         if self._steps == 2:  # every other optimizer has had its first step, or its chance of one
             _warn_of_untrained({id(mask.plan): mask.plan for _, mask in self._held}.values())

@@ -7,6 +7,7 @@ import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from autosparse_fx.annealing import GradientAnnealing
@@ -131,12 +132,17 @@ class AutoSparseCallback(_Callback):
             self._choosing = self._run.reached(self._part(pl_module))
             if self._choosing:
                 _forget_best_models(trainer)
+                _wait_anew(trainer)
         if trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
             pl_module.log_dict(self._run.metrics(self._part(pl_module)))
 
     def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         if trainer.log_every_n_steps:
             pl_module.log_dict(self._run.metrics(self._part(pl_module)), sync_dist=True)
+
+    def on_validation_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        if not self._choosing and not trainer.sanity_checking:
+            _wait_anew(trainer)  # models that are not sparse yet are nothing to compare later ones with
 
     def on_fit_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         self._run.end(self._part(pl_module))
@@ -219,6 +225,14 @@ def _forget_best_models(trainer: "Trainer") -> None:
             checkpoint.best_k_models = {}
             checkpoint.best_model_path = checkpoint.kth_best_model_path = ""
             checkpoint.best_model_score = None
+
+
+def _wait_anew(trainer: "Trainer") -> None:
+    """Let every EarlyStopping forget what it has seen."""
+    for stopping in trainer.callbacks:
+        if _is_a(stopping, "EarlyStopping"):
+            stopping.wait_count = 0
+            stopping.best_score = torch.tensor(math.inf if stopping.mode == "min" else -math.inf)
 
 
 def _is_a(callback: object, name: str) -> bool:

@@ -12,7 +12,7 @@ import torch
 import torch.utils.cpp_extension  # on machines with CUDA and without a GPU it warns, once, on import
 from torch import nn
 
-from autosparse_fx import AutoSparse, finalize, sparsify, sparsity
+from autosparse_fx import AutoSparse, finalize, save_sparse, sparsify, sparsity
 from autosparse_fx.cli.main import main
 
 # A small model of torchvision, and what it takes at the size that it is made for.
@@ -221,3 +221,12 @@ def test_as_a_program() -> None:
     command = [sys.executable, "-m", "autosparse_fx", "report", "nosuch"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and not done.stdout
+
+
+def test_weights_in_a_sparse_file(capsys: pytest.CaptureFixture[str], user_module: str) -> None:
+    model = made_by_user()
+    with torch.no_grad():
+        model[0].weight.zero_()
+    save_sparse(model, "final.safetensors")
+    out = run(capsys, "report", f"{user_module}:make", "--input", "3x4", "--weights", "final.safetensors", "--json")
+    assert json.loads(out)["sparsity"] > 0

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from autosparse_fx.flops import count_flops
+from autosparse_fx.flops.formulas import PRODUCTS
 
 # torch's own, about computed tensors that a graph begins with, and (2.11) about every autograd.Function.
 pytestmark = pytest.mark.filterwarnings(
@@ -258,6 +259,17 @@ def test_nothing_is_left_in_the_model_by_counting() -> None:
 def test_a_model_that_computes_nothing() -> None:
     flops = count_flops(nn.Identity(), X)
     assert (flops.products, int(flops.dense.step), flops.weights) == ((), 0, ())
+
+
+def test_grouped_products_count_one_matrix_for_each_row() -> None:
+    a, b, offsets = torch.randn(16, 32).bfloat16(), torch.randn(4, 32, 64).bfloat16(), torch.tensor([2, 8, 8, 16])
+    terms = PRODUCTS[torch.ops.aten._grouped_mm]((a, b, offsets), {}, torch.empty(16, 64))
+    assert [term.macs for term in terms] == [16 * 32 * 64]
+    of_weights = PRODUCTS[torch.ops.aten._grouped_mm]((a.t(), torch.randn(16, 64), offsets), {}, torch.empty(4, 32, 64))
+    assert [term.macs for term in of_weights] == [16 * 32 * 64]
+    x, w = torch.randn(7, 2, 3), torch.randn(5, 3, 6)
+    (term,) = PRODUCTS[torch.ops.aten.conv_tbc]((x, w), {}, torch.conv_tbc(x, w, torch.zeros(6)))
+    assert term.macs == 3 * 2 * 6 * 5 * 3
 
 
 def test_empty_batch() -> None:

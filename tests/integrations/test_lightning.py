@@ -196,6 +196,26 @@ def test_best_model_is_one_that_is_sparse(tmp_path: Path) -> None:
     assert autosparse_fx.sparsity(model) == pytest.approx(0.9, abs=0.005)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_early_stopping_waits_for_the_target(first: bool, tmp_path: Path) -> None:
+    """The loss grows with every epoch here: patience is counted from where the model is as sparse as asked for."""
+
+    class Growing(Digits):
+        def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            self.log("val_loss", float(self.current_epoch))
+
+    stopping = lightning.callbacks.EarlyStopping("val_loss", patience=2)
+    model = module(Growing)
+    callback = AutoSparseCallback(target_sparsity=0.9)
+    run = trainer(callback, tmp_path, epochs=12, callbacks=(stopping,))
+    if first:
+        run.callbacks.remove(stopping)
+        run.callbacks.insert(0, stopping)
+    run.fit(model, loader(), loader())
+    assert autosparse_fx.sparsity(model) == pytest.approx(0.9, abs=0.005)
+    assert run.current_epoch < 12
+
+
 def test_a_saved_finalized_model_is_plain_and_cannot_be_resumed(tmp_path: Path) -> None:
     model = module()
     run = trainer(AutoSparseCallback(target_sparsity=0.9, finalize=True), tmp_path)

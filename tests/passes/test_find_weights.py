@@ -183,3 +183,24 @@ def test_weights_of_a_users_autograd_function_are_found() -> None:
 
     x = torch.randn(3, 4, requires_grad=True)
     assert axis_of(Product.apply, x, torch.randn(4, 5)) == 1
+
+
+class Affine(torch.autograd.Function):
+    """As many tensors are saved as are passed, and in another order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x @ w.t() + b
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return grad @ w, grad.t() @ x, grad.sum(0)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo of 2.11 does
+def test_products_in_a_backward_pass_make_no_weights() -> None:
+    x = torch.randn(3, 4, requires_grad=True)
+    found = found_in(Affine.apply, x, torch.randn(5, 4, requires_grad=True), torch.randn(5, requires_grad=True))
+    assert list(found.values()) == [0] and len(found) == 1

@@ -18,6 +18,17 @@ from autosparse_fx.passes import insert_masks
 from autosparse_fx.passes.insert_masks import WEIGHT
 from autosparse_fx.passes.verify import verify_masked_graph
 
+
+@torch.library.custom_op("autosparse_tests::project", mutates_args=("w",))
+def project(w: Tensor, scale: float) -> None:
+    w.mul_(scale)
+
+
+@torch.library.custom_op("autosparse_tests::add_to", mutates_args=("total",))
+def add_to(total: Tensor, w: Tensor) -> None:
+    total.add_(w)
+
+
 MASK = torch.ops.autosparse.threshold_mask.default
 X = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
 Statement = Callable[[nn.Parameter], object]
@@ -86,6 +97,7 @@ WRITES: dict[str, Statement] = {
     "dropout": lambda w: F.dropout(w, 0.5, True, True),
     "renormalized rows": lambda w: F.embedding(torch.tensor([0, 1]), w, max_norm=0.1),
     "overload": lambda w: torch.ops.aten.mul_.Tensor(w, 0.5),
+    "custom": lambda w: torch.ops.autosparse_tests.project(w, 0.5),
     "outs": lambda w: torch.max(w.clone(), 0, out=(w[0], torch.empty(6, dtype=torch.long))),
 }
 all_writes = pytest.mark.parametrize("statement", WRITES.values(), ids=WRITES)
@@ -117,6 +129,7 @@ READS: dict[str, Statement] = {
     "second of foreach": lambda w: torch._foreach_mul_([torch.ones(6, 6)], [w]),
     "out elsewhere": lambda w: torch.mul(w, 0.5, out=torch.empty(6, 6)),
     "set elsewhere": lambda w: torch.zeros(6, 6).__setitem__(0, w[0]),
+    "custom": lambda w: torch.ops.autosparse_tests.add_to(torch.zeros(6, 6), w),
     "not inplace": lambda w: F.relu(w, inplace=False),
 }
 
