@@ -116,21 +116,23 @@ class GradientAnnealing:
                 if module._autosparse.weights[slot.name].provisional:
                     reset_mask(module, slot)
                     module._autosparse.weights[slot.name].provisional = False  # from here on they are trained
-        is_alone = self._replace_earlier()
-        self.continue_history(History() if is_alone else self._plans[0].history)
+        beside = self._replace_earlier()
+        self.continue_history(beside[0].history if beside else History())
         self._attach()
         self._versions = self._weight_versions() if optimizer is None else None
         self._write_alpha()
 
-    def _replace_earlier(self) -> bool:
-        """Stop the annealers of modules that this one takes over; return whether no others are left beside it."""
+    def _replace_earlier(self) -> "list[GradientAnnealing]":
+        """Stop the annealers of modules that this one takes over; return those of other modules that begin with it."""
         own = {id(module) for _, module in self._modules}
+        beside = []
         for plan in self._plans:
             annealers = _annealers.setdefault(plan, weakref.WeakSet())
             for earlier in list(annealers):
                 theirs = earlier._masked()
                 left = [name for name, module in theirs if id(module) not in own]
                 if theirs and len(left) == len(theirs):
+                    beside += [earlier] if earlier.steps == 0 else []
                     continue
                 if left and earlier._handle is not None:
                     warnings.warn(
@@ -142,7 +144,7 @@ class GradientAnnealing:
                 earlier.detach()
                 annealers.discard(earlier)
             annealers.add(self)
-        return all(len(_annealers[plan]) == 1 for plan in self._plans)
+        return beside
 
     def _attach(self) -> None:
         optimizer_steps.start()

@@ -65,17 +65,23 @@ class History:
 
     @staticmethod
     def _merged(every: Iterable[_Columns]) -> list[Record]:
-        """By rising step. Weights of an annealer that notes other steps stay as they were in between."""
+        """By rising step. What one annealer noted stays where only others note; what it notes no more is gone."""
         found: dict[int, Record] = {}
+        together: dict[int, list[tuple[str, ...]]] = {}
         for columns in every:
+            together.setdefault(columns.step, []).append(columns.names)
             record = found.setdefault(columns.step, Record(columns.step, columns.alpha, {}, {}))
             sparsity, cut = columns.values.tolist()
             record.sparsity.update(zip(columns.names, sparsity, strict=True))
             record.threshold.update(zip(columns.names, cut, strict=True))
         records = [found[step] for step in sorted(found)]
+        noted_with: dict[str, tuple[str, ...]] = {}
         for before, after in itertools.pairwise(records):
-            for known, own in ((before.sparsity, after.sparsity), (before.threshold, after.threshold)):
-                own.update({name: value for name, value in known.items() if name not in own})
+            noted_with |= {name: names for names in together[before.step] for name in names}
+            noted = set(after.sparsity)
+            for name in [name for name in before.sparsity if name not in noted]:
+                if noted.isdisjoint(noted_with[name]):
+                    after.sparsity[name], after.threshold[name] = before.sparsity[name], before.threshold[name]
         return records
 
     def total_sparsity(self, record: Record) -> float:
@@ -102,7 +108,7 @@ class History:
         if not self._columns:
             return {}
         needed: list[_Columns] = []
-        for columns in sorted(self._columns, key=lambda c: c.step, reverse=True):
+        for _, columns in sorted(enumerate(self._columns), key=lambda at: (at[1].step, at[0]), reverse=True):
             if {name for c in needed for name in c.names} == set(self.numel):
                 break
             needed.append(columns)

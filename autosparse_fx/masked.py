@@ -129,7 +129,8 @@ class MaskedModule(nn.Module):
             if weight.is_meta:
                 continue
             if threshold.is_meta:
-                self._parameters[slot.threshold] = nn.Parameter(torch.zeros_like(threshold, device=weight.device))
+                made = torch.zeros_like(threshold, device=weight.device)
+                self._parameters[slot.threshold] = nn.Parameter(made, threshold.requires_grad)
             if offset.is_meta:
                 self._buffers[slot.offset] = torch.zeros_like(offset, device=weight.device)
             if alpha.is_meta:
@@ -144,6 +145,16 @@ class MaskedModule(nn.Module):
                 self._parameters[slot.threshold] = nn.Parameter(threshold.detach().float(), threshold.requires_grad)
             if offset.dtype not in MASK_DTYPES:
                 self._buffers[slot.offset] = offset.float()
+
+    def _rescale(self, slots: list[Slot], ratio: float, *, is_shared: bool) -> None:
+        """Have thresholds mean what they did under another ``threshold_scale``."""
+        for slot in slots:
+            threshold, _ = mask_state(self, slot)
+            if is_shared:  # the parameters are tensors of the state that was loaded
+                self._parameters[slot.threshold] = nn.Parameter(threshold.detach() * ratio, threshold.requires_grad)
+            else:
+                with torch.no_grad():
+                    threshold.mul_(ratio)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -187,10 +198,8 @@ class MaskedModule(nn.Module):
         self._leave_meta()
         self._keep_float32()
         if (ratio := local_metadata.get(SCALE, self._autosparse_scale) / self._autosparse_scale) != 1:
-            for slot in self._autosparse_slots:
-                if prefix + slot.threshold in state_dict:  # a new tensor: with assign=True this one is the state's
-                    threshold, _ = mask_state(self, slot)
-                    threshold.data = threshold.data * ratio
+            loaded = [slot for slot in self._autosparse_slots if prefix + slot.threshold in state_dict]
+            self._rescale(loaded, ratio, is_shared=local_metadata.get("assign_to_params_buffers", False))
         for slot in dense:
             for key in (slot.threshold, slot.offset):
                 if prefix + key in missing_keys:

@@ -106,10 +106,18 @@ def steps_nowhere(optimizer: Optimizer) -> bool:
 
     Where gradients are sharded they gather, so every rank must call this.
     """
-    if any(float(group.get("lr", 1.0)) != 0 for group in optimizer.param_groups):
+    if not all(_is_zero(group.get("lr")) for group in optimizer.param_groups):
         return False
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return bool(gradients) and not any(full_tensor(torch.linalg.vector_norm(g)) for g in gradients)
+    values = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+    return bool(values) and not any(full_tensor(torch.linalg.vector_norm(v)) for v in values)
+
+
+def _is_zero(rate: object) -> bool:
+    """Without waiting for a device: the rate of such a step is on the CPU."""
+    if isinstance(rate, Tensor):
+        return rate.device.type == "cpu" and float(rate) == 0
+    return rate == 0
 
 
 def warn_of_late_weights(model: nn.Module) -> None:

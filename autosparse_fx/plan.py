@@ -72,6 +72,7 @@ class MaskedWeight:
     config: AutoSparse  # of the rule that applies
     provisional: bool = False  # threshold_init="auto" was computed without the weights' values
     found_by_use: bool = False  # no layer of a known class multiplied by it: example_inputs found it, or a graph
+    was_embedding: bool = False  # and nothing but embeddings held it
 
 
 @dataclass(eq=False)

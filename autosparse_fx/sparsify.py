@@ -20,7 +20,7 @@ from autosparse_fx.masked import ALPHA, MaskedModule, alpha_of, mask_state, mask
 from autosparse_fx.ownership import remember_finalized
 from autosparse_fx.plan import MaskedWeight, Plan, Slot
 from autosparse_fx.report import group_sparsities
-from autosparse_fx.selection import collect, refuse_lazy_parameters, refuse_wrappers, select
+from autosparse_fx.selection import Candidate, collect, refuse_lazy_parameters, refuse_wrappers, select
 from autosparse_fx.steering import TOLERANCE, explain_failure, steer, steered_groups
 
 __all__ = ["dense_weights", "finalize", "sparsify"]
@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 # Modules that read the weights of their children more than once in a forward.
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _READS_CHILDREN = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
 
 
@@ -112,6 +113,7 @@ def sparsify(
         known = hidden_mask(candidate.parameter)
         weight = MaskedWeight(candidate.name, rule) if known is None else replace(known.weight, name=candidate.name)
         weight.found_by_use = id(candidate.parameter) in by_use
+        weight.was_embedding = all(isinstance(module, _EMBEDDINGS) for module, _ in candidate.holders)
         made = new_mask(candidate.parameter, candidate.axis, weight) if known is None else known.state()
         alpha = _shared_alpha(alphas, candidate.parameter.device, config.alpha if known is None else float(known.alpha))
         prepared_masks.append((candidate, weight, *made, alpha))
@@ -224,7 +226,7 @@ def _reconcile(model: nn.Module, before: dict[str, tuple[Any, Slot]]) -> None:
         if candidate is None or id(candidate) in done or not isinstance(source, MaskedModule):
             continue  # gone, seen already, or finalized inside the context
         done.add(id(candidate))
-        if candidate.axis is None and not source._autosparse.weights[slot.name].found_by_use:  # by a layer, before
+        if candidate.axis is None and not _still_multiplied(source._autosparse.weights[slot.name], candidate):
             for module, _ in candidate.holders:
                 if isinstance(module, MaskedModule):
                     detach(module)
@@ -233,14 +235,20 @@ def _reconcile(model: nn.Module, before: dict[str, tuple[Any, Slot]]) -> None:
         weight = state.weights[slot.name]
         threshold, offset = mask_state(source, slot)
         if id(threshold) in taken or id(offset) in taken:
-            threshold, offset = nn.Parameter(threshold.detach().clone()), offset.clone()
-            weight = MaskedWeight(name, weight.config, weight.provisional)
+            threshold, offset = nn.Parameter(threshold.detach().clone(), threshold.requires_grad), offset.clone()
+            weight = replace(weight, name=name)
         if threshold.shape != threshold_shape(candidate.parameter, slot.axis, weight.config):
             threshold, offset = _resized(candidate.parameter, slot.axis, weight, threshold, offset)
         taken |= {id(threshold), id(offset)}
         alpha = alpha_of(source)
         for module, held in candidate.holders:
             attach(module, Slot(held, slot.axis), weight, state.plan, threshold, offset, alpha)
+
+
+def _still_multiplied(weight: MaskedWeight, candidate: Candidate) -> bool:
+    """Whether a weight that no known layer class multiplies by (now) is one that was found by its use."""
+    is_embedding = all(isinstance(module, _EMBEDDINGS) for module, _ in candidate.holders)
+    return weight.found_by_use and (weight.was_embedding or not is_embedding)
 
 
 def _resized(

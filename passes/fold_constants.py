@@ -42,7 +42,8 @@ def fold_constants(gm: GraphModule) -> int:
             values[node] = _evaluated(node, values)
     for node, known in sources.items():
         folded = new_constant(gm, f"{node.name}_folded", values[node], node)
-        folded.meta[FOLDED_FROM] = [str(source.target) for source in known if source.op == "get_attr"]
+        attributes = gm.graph.find_nodes(op="get_attr")
+        folded.meta[FOLDED_FROM] = [str(source.target) for source in attributes if source in known]
         node.replace_all_uses_with(folded, _is_for_layers)
     if sources:
         remove_unused_constants(gm)

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 import autosparse_fx
 from autosparse_fx import AutoSparse, GradientAnnealing
+from autosparse_fx.history import History
 from autosparse_fx.steering import TOLERANCE
 
 
@@ -65,6 +66,40 @@ def test_parts_are_resumed_one_by_one_with_the_history_of_both() -> None:
     history = autosparse_fx.report(resumed).history
     assert [len(record.sparsity) for record in history] == [6, 6, 6, 6]
     assert history.latest() == {**history.latest(), "step": 4.0}
+
+
+def test_a_second_training_of_parts_has_a_history_of_its_own() -> None:
+    pair = autosparse_fx.sparsify(Pair())
+    parts = pair.generator, pair.critic
+    optimizers = [sgd(part) for part in parts]
+    kept = [GradientAnnealing(part, 5, o) for part, o in zip(parts, optimizers, strict=True)]
+    for _ in range(5):
+        for part, optimizer in zip(parts, optimizers, strict=True):
+            one_step(part, optimizer)
+    again = [GradientAnnealing(part, 5, o) for part, o in zip(parts, optimizers, strict=True)]
+    assert len(kept[0].history) == 5 and len(again[0].history) == 0 and again[0].history is again[1].history
+
+
+def test_weights_that_are_no_longer_noted_are_gone_from_the_history() -> None:
+    history = History()
+    w, s = torch.ones(4), torch.zeros(1)
+    history.add(1, 0.5, [("a", w, s), ("b", w, s)])
+    history.add(1, 0.5, [("c", w, s)])
+    history.add(2, 0.4, [("a", w, s)])
+    history.add(3, 0.3, [("a", w, s)])
+    assert [list(record.sparsity) for record in history] == [["a", "b", "c"], ["a", "c"], ["a", "c"]]
+
+
+@pytest.mark.parametrize("rate", [None, torch.tensor(0.1), 0.0])
+def test_rates_of_every_kind(rate: Any) -> None:
+    model = nn.Sequential(nn.Embedding(4, 16, sparse=True), reference.mlp())
+    autosparse_fx.sparsify(model[1])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    annealer = GradientAnnealing(model[1], 10, optimizer)
+    optimizer.param_groups[0]["lr"] = rate
+    model(torch.arange(4)).sum().backward()
+    annealer._after_optimizer_step(optimizer, (), {})
+    assert annealer.steps == 1
 
 
 def test_parts_of_trainings_of_other_lengths_have_no_gaps() -> None:

@@ -388,3 +388,26 @@ def test_a_weight_that_was_found_by_its_use_stays_masked() -> None:
     with dense_weights(model):
         model.mix = copy.deepcopy(model.mix)
     assert set(thresholds(model)) == names
+
+
+def test_weights_found_by_their_use_that_are_untied_stay_masked_but_for_an_embedding() -> None:
+    class Head(nn.Module):
+        def __init__(self, w: nn.Parameter) -> None:
+            super().__init__()
+            self.w = w
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.w.t()
+
+    embedding = nn.Embedding(4, 4)
+    model = nn.Sequential(embedding, Head(embedding.weight), Head(nn.Parameter(torch.randn(4, 4))))
+    model.append(Head(model[2].w))
+    sparsify(model, example_inputs=torch.arange(4))
+    assert set(thresholds(model)) == {"0.weight", "2.w"}
+    with dense_weights(model):
+        for head in (model[1], model[3]):
+            head.w = nn.Parameter(head.w.detach().clone())
+    for _ in range(2):
+        assert set(thresholds(model)) == {"1.w", "2.w", "3.w"}
+        with dense_weights(model):
+            pass

@@ -114,6 +114,10 @@ def test_frozen_weights_are_masked_and_stay_frozen() -> None:
     assert model(torch.randn(2, 6)).sum(0)[0].grad_fn.next_functions[0][0] is not None
     model.requires_grad_(True)
     assert model.weight_threshold.requires_grad
+    meta = sparsify(nn.Linear(6, 4, device="meta").requires_grad_(False))
+    with pytest.warns(UserWarning, match="no thresholds"):
+        meta.load_state_dict(nn.Linear(6, 4).state_dict(), assign=True)
+    assert not meta.weight_threshold.requires_grad
     assert (model.weight == 0).any()
 
 

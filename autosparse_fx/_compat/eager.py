@@ -88,7 +88,7 @@ def _readers() -> dict[int, str]:
 
 def is_symbolically_traced(module: nn.Module, name: str) -> bool:
     """Whether ``torch.fx.symbolic_trace`` runs, and a parameter of this name is a proxy in it. 2.11-2.15."""
-    from torch.fx._symbolic_trace import is_fx_tracing
+    from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
     # The tracer has replaced what modules look parameters up by; other tracers have not.
-    return is_fx_tracing() and isinstance(nn.Module.__getattr__(module, name), torch.fx.Proxy)
+    return is_fx_symbolic_tracing() and isinstance(nn.Module.__getattr__(module, name), torch.fx.Proxy)

@@ -24,7 +24,7 @@ def read_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {str(path)!r}")
     if is_sparse_file(path):
-        return dict(autosparse_fx.load_sparse(path))
+        return autosparse_fx.load_sparse(path)  # with the metadata of its modules
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -137,11 +137,13 @@ class AutoSparseCallback(_Callback):
             pl_module.log_dict(self._run.metrics(self._part(pl_module)))
 
     def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        if not self._choosing:
+            _wait_anew(trainer)
         if trainer.log_every_n_steps:
             pl_module.log_dict(self._run.metrics(self._part(pl_module)), sync_dist=True)
 
     def on_validation_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        if not self._choosing and not trainer.sanity_checking:
+        if not self._choosing:
             _wait_anew(trainer)  # models that are not sparse yet are nothing to compare later ones with
 
     def on_fit_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:

@@ -230,3 +230,9 @@ def test_weights_in_a_sparse_file(capsys: pytest.CaptureFixture[str], user_modul
     save_sparse(model, "final.safetensors")
     out = run(capsys, "report", f"{user_module}:make", "--input", "3x4", "--weights", "final.safetensors", "--json")
     assert json.loads(out)["sparsity"] > 0
+    sparse = sparsify(made_by_user(), AutoSparse(threshold_init=-3.0, threshold_scale=1.0))
+    with torch.no_grad():
+        sparse[0].weight_threshold.fill_(2.0)
+    save_sparse(sparse, "sparse.safetensors")
+    out = run(capsys, "report", f"{user_module}:make", "--input", "3x4", "--weights", "sparse.safetensors", "--json")
+    assert json.loads(out)["sparsity"] == sparsity(sparse) > 0

@@ -196,22 +196,28 @@ def test_best_model_is_one_that_is_sparse(tmp_path: Path) -> None:
     assert autosparse_fx.sparsity(model) == pytest.approx(0.9, abs=0.005)
 
 
+@pytest.mark.parametrize("validation", [True, False])
 @pytest.mark.parametrize("first", [True, False])
-def test_early_stopping_waits_for_the_target(first: bool, tmp_path: Path) -> None:
+def test_early_stopping_waits_for_the_target(first: bool, validation: bool, tmp_path: Path) -> None:
     """The loss grows with every epoch here: patience is counted from where the model is as sparse as asked for."""
 
     class Growing(Digits):
         def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
             self.log("val_loss", float(self.current_epoch))
 
-    stopping = lightning.callbacks.EarlyStopping("val_loss", patience=2)
+        def on_train_epoch_end(self) -> None:
+            self.log("epoch_loss", float(self.current_epoch))
+
+    stopping = lightning.callbacks.EarlyStopping(
+        "val_loss" if validation else "epoch_loss", patience=2, check_on_train_epoch_end=not validation
+    )
     model = module(Growing)
     callback = AutoSparseCallback(target_sparsity=0.9)
     run = trainer(callback, tmp_path, epochs=12, callbacks=(stopping,))
     if first:
         run.callbacks.remove(stopping)
         run.callbacks.insert(0, stopping)
-    run.fit(model, loader(), loader())
+    run.fit(model, loader(), loader() if validation else None)
     assert autosparse_fx.sparsity(model) == pytest.approx(0.9, abs=0.005)
     assert run.current_epoch < 12
 
