@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from autosparse_fx._compat import aot_autograd, dynamo_graphs, inductor
+from autosparse_fx._compat.eager import is_traceable_wrapper_subclass
 from autosparse_fx.compiled_weights import Compiled, count_fused_writes, may_run_sparse, versions_of, zeros_of
 from autosparse_fx.kernels.choice import CHOICE, DENSE_SCALE
 from autosparse_fx.kernels.choice_tuning import SCALES, tuned_scale

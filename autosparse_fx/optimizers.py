@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from autosparse_fx._compat.eager import has_step_hooks
 from autosparse_fx.attach import masked_modules
 from autosparse_fx.consistency import late_weights
 from autosparse_fx.dtensors import full_tensor, is_dtensor
@@ -89,10 +90,10 @@ def unwrapped(optimizer: object) -> Optimizer:
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    hooks, found = "_optimizer_step_post_hooks", optimizer
-    while not hasattr(found, hooks) and isinstance(inner := getattr(found, "optimizer", None), Optimizer):
+    found = optimizer
+    while not has_step_hooks(found) and isinstance(inner := getattr(found, "optimizer", None), Optimizer):
         found = inner
-    if not hasattr(found, hooks):
+    if not has_step_hooks(found):
         raise TypeError(
             f"{type(optimizer).__name__} has no step hooks (it does not call torch.optim.Optimizer.__init__): pass the "
             "optimizer that it wraps, or none, and call step() of the annealer after each of its steps"

@@ -28,8 +28,8 @@ __all__ = ["dense_weights", "finalize", "sparsify"]
 log = logging.getLogger(__name__)
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
-# Modules that read the weights of their children more than once in a forward.
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+# Modules that read the weights of their children more than once in a forward.
 _READS_CHILDREN = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
 
 

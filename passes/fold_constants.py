@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 from autosparse_fx._compat.aot_autograd import without_autocast
+from autosparse_fx._compat.eager import OpOverload
 from autosparse_fx.passes.constants import LOOKED_THROUGH, constant, new_constant, remove_unused_constants
 
 aten = torch.ops.aten

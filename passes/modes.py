@@ -6,7 +6,6 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import Graph, GraphModule, Node
 
 from autosparse_fx._compat.dynamo_graphs import (
@@ -15,6 +14,7 @@ from autosparse_fx._compat.dynamo_graphs import (
     exit_inference_mode,
     set_grad_enabled,
 )
+from autosparse_fx._compat.eager import OpOverload, OpOverloadPacket
 
 # The operations that may give a view of a tensor, by their bare names: through these a write reaches the tensor that
 # they were taken of.

@@ -28,16 +28,25 @@ class Pair(nn.Module):
         self.generator, self.critic = reference.mlp(), reference.mlp()
 
 
-def test_parts_of_one_model_have_annealers_of_their_own() -> None:
+def annealed_parts(total_steps: int) -> tuple[Pair, list[Optimizer], list[GradientAnnealing]]:
+    """Two networks that one ``sparsify`` prepared, each with its optimizer and its annealer."""
     pair = autosparse_fx.sparsify(Pair(), AutoSparse(target_sparsity=0.8))
-    parts = pair.generator, pair.critic
-    optimizers = [sgd(part) for part in parts]
-    annealers = [GradientAnnealing(part, 60, o) for part, o in zip(parts, optimizers, strict=True)]
-    for _ in range(60):
-        for part, optimizer in zip(parts, optimizers, strict=True):
+    parts = list(pair.children())
+    optimizers: list[Optimizer] = [sgd(part) for part in parts]
+    return pair, optimizers, [GradientAnnealing(p, total_steps, o) for p, o in zip(parts, optimizers, strict=True)]
+
+
+def step_in_turn(pair: Pair, optimizers: list[Optimizer], steps: int) -> None:
+    for _ in range(steps):
+        for part, optimizer in zip(pair.children(), optimizers, strict=True):
             one_step(part, optimizer)
+
+
+def test_parts_of_one_model_have_annealers_of_their_own() -> None:
+    pair, optimizers, annealers = annealed_parts(60)
+    step_in_turn(pair, optimizers, 60)
     assert [annealer.steps for annealer in annealers] == [60, 60]
-    for part in parts:
+    for part in pair.children():
         assert autosparse_fx.sparsity(part) == pytest.approx(0.8, abs=TOLERANCE)
     assert alpha_of(pair) == 0.0
     history = autosparse_fx.report(pair).history
@@ -46,37 +55,21 @@ def test_parts_of_one_model_have_annealers_of_their_own() -> None:
 
 
 def test_parts_are_resumed_one_by_one_with_the_history_of_both() -> None:
-    def made() -> tuple[Pair, list[Optimizer], list[GradientAnnealing]]:
-        pair = autosparse_fx.sparsify(Pair())
-        optimizers: list[Optimizer] = [sgd(part) for part in (pair.generator, pair.critic)]
-        return (
-            pair,
-            optimizers,
-            [GradientAnnealing(part, 20, o) for part, o in zip((pair.generator, pair.critic), optimizers, strict=True)],
-        )
-
-    pair, optimizers, annealers = made()
-    for _ in range(3):
-        for part, optimizer in zip((pair.generator, pair.critic), optimizers, strict=True):
-            one_step(part, optimizer)
-    resumed, optimizers, others = made()
+    pair, optimizers, annealers = annealed_parts(20)
+    step_in_turn(pair, optimizers, 3)
+    resumed, optimizers, others = annealed_parts(20)
     for annealer, other in zip(annealers, others, strict=True):
         other.load_state_dict(annealer.state_dict())
     one_step(resumed.generator, optimizers[0])
     history = autosparse_fx.report(resumed).history
     assert [len(record.sparsity) for record in history] == [6, 6, 6, 6]
-    assert history.latest() == {**history.latest(), "step": 4.0}
+    assert history.latest()["step"] == 4
 
 
 def test_a_second_training_of_parts_has_a_history_of_its_own() -> None:
-    pair = autosparse_fx.sparsify(Pair())
-    parts = pair.generator, pair.critic
-    optimizers = [sgd(part) for part in parts]
-    kept = [GradientAnnealing(part, 5, o) for part, o in zip(parts, optimizers, strict=True)]
-    for _ in range(5):
-        for part, optimizer in zip(parts, optimizers, strict=True):
-            one_step(part, optimizer)
-    again = [GradientAnnealing(part, 5, o) for part, o in zip(parts, optimizers, strict=True)]
+    pair, optimizers, kept = annealed_parts(5)
+    step_in_turn(pair, optimizers, 5)
+    again = [GradientAnnealing(part, 5, o) for part, o in zip(pair.children(), optimizers, strict=True)]
     assert len(kept[0].history) == 5 and len(again[0].history) == 0 and again[0].history is again[1].history
 
 

@@ -8,8 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload as OpOverload  # an operator of a graph of ATen, and all of one name. 2.11-2.15.
+from torch._ops import OpOverloadPacket as OpOverloadPacket
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # sees every operator. 2.11-2.15.
+from torch.utils._python_dispatch import (
+    is_traceable_wrapper_subclass as is_traceable_wrapper_subclass,  # whether a tensor holds others. 2.11-2.15.
+)
 from torch.utils._pytree import tree_leaves as tree_leaves  # the tensors in nested arguments. 2.11-2.15.
 
 # The base classes of all convolutions, transposed ones included, and of the transposed ones. 2.11-2.15.
@@ -88,7 +94,10 @@ def _readers() -> dict[int, str]:
 
 def is_symbolically_traced(module: nn.Module, name: str) -> bool:
     """Whether ``torch.fx.symbolic_trace`` runs, and a parameter of this name is a proxy in it. 2.11-2.15."""
-    from torch.fx._symbolic_trace import is_fx_symbolic_tracing
-
     # The tracer has replaced what modules look parameters up by; other tracers have not.
     return is_fx_symbolic_tracing() and isinstance(nn.Module.__getattr__(module, name), torch.fx.Proxy)
+
+
+def has_step_hooks(optimizer: object) -> bool:
+    """Whether an optimizer can be given hooks: whether ``Optimizer.__init__`` was called for it. 2.11-2.15."""
+    return hasattr(optimizer, "_optimizer_step_post_hooks")
