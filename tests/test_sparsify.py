@@ -111,7 +111,6 @@ def test_frozen_weights_are_masked_and_stay_frozen() -> None:
     model.weight.requires_grad_(False)
     sparsify(model, AutoSparse(threshold_init=-1.0))
     assert not model._parameters["weight"].requires_grad and not model.weight_threshold.requires_grad
-    assert model(torch.randn(2, 6)).sum(0)[0].grad_fn.next_functions[0][0] is not None
     model.requires_grad_(True)
     assert model.weight_threshold.requires_grad
     meta = sparsify(nn.Linear(6, 4, device="meta").requires_grad_(False))
