@@ -58,6 +58,8 @@ def autosparse(
             copy of a finalized one.
     """
     parsed = parse_options(mode, options)
+    if dynamo.compiles_a_backward_pass():  # of graphs that have their masks
+        return inductor.compile_with_inductor(gm, example_inputs, parsed.inductor)
     _refuse_unprepared_training(gm, parsed.request)
     graph = dynamo_graphs.copy_dynamo_graph(gm)
     with undone_on_error():

@@ -53,12 +53,18 @@ def _inside(gm: GraphModule, node: Node, varying: set[Node]) -> Iterator[Operand
         inputs = {placeholder for placeholder, operand in passed.items() if operand in varying}
         for source, axis, is_weight in _multiplied(subgraph, inputs):
             if source in passed:
+                if axis is not None and axis >= 0:  # ``scan`` hands on one weight of a stack at a time
+                    axis += max(_dims(passed[source]) - _dims(source), 0)
                 yield Operand(passed[source], axis, is_weight)
 
 
+def _dims(node: Node) -> int:
+    value = node.meta.get("example_value", node.meta.get("val"))
+    return value.dim() if isinstance(value, torch.Tensor) else 1
+
+
 def _valid(axis: int | None, source: Node) -> int:
-    value = source.meta.get("example_value", source.meta.get("val"))
-    dims = value.dim() if isinstance(value, torch.Tensor) else 1
+    dims = _dims(source)
     if axis is None or dims == 0:
         return 0
     return min(axis if axis >= 0 else max(axis + dims, 0), dims - 1)

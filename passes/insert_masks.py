@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 from autosparse_fx.passes.modes import is_written_to, modes
 
 MASK = torch.ops.autosparse.threshold_mask.default
+NAMING_USES = (MASK, torch.autograd.grad)  # which take the weight itself
 WEIGHT = "autosparse_weight"  # key of the MaskSpec in the meta of a weight's placeholder (or get_attr node)
 STATE = "autosparse_state"  # key of (name of the weight's node, field) in the meta of a placeholder that was added
 FIELDS = ("threshold", "offset", "alpha")
@@ -30,8 +31,8 @@ def insert_masks(gm: GraphModule) -> int:
     Threshold, offset and alpha of each become placeholders behind all others, static inputs without a source, marked
     with ``meta[STATE]``. The mask stands right before the first use, not at the top of the graph: hoisted, all weights
     would be used at once there, and ``DistributedDataParallel`` could not overlap its communication. Uses under
-    another grad mode get a mask of their own. A weight that the graph writes to is left alone: the write would be lost
-    in a masked copy.
+    another grad mode get a mask of their own. What takes gradients with respect to a weight goes on to name the weight
+    itself. A weight that the graph writes to is left alone: the write would be lost in a masked copy.
 
     Before::
 
@@ -49,7 +50,7 @@ def insert_masks(gm: GraphModule) -> int:
     mode_of = modes(graph)
     inserted = 0
     for weight in [node for node in order if WEIGHT in node.meta]:
-        uses = [user for user in weight.users if user.target is not MASK]
+        uses = [user for user in weight.users if user.target not in NAMING_USES]
         if not uses or is_written_to([weight]):
             continue
         groups: dict[tuple[object, ...], list[Node]] = {}

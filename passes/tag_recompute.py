@@ -48,20 +48,19 @@ def tag_recompute(gm: GraphModule) -> int:
     Returns:
         The number of nodes that were tagged.
     """
-    tagged = 0
     masks = [node for node in gm.graph.nodes if node.target is MASK]
-    pending = masks + [node for mask in masks for node in _logit(mask)]
-    seen: set[Node] = set()
+    found = {node for mask in masks for node in _logit(mask)}
+    pending = masks
     while pending:
         node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
+        if node not in found:
+            found.add(node)
+            pending.extend(user for user in node.users if is_between_mask_and_use(user))
+    tagged = 0
+    for node in found:
         if "recompute" not in node.meta:  # a user's own checkpoint policy goes first
             node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
             tagged += 1
-        if node.target not in _LOGIT:
-            pending.extend(user for user in node.users if is_between_mask_and_use(user))
     return tagged
 
 

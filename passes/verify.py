@@ -3,7 +3,7 @@
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from autosparse_fx.passes.insert_masks import FIELDS, STATE, WEIGHT
+from autosparse_fx.passes.insert_masks import FIELDS, NAMING_USES, STATE, WEIGHT
 from autosparse_fx.passes.modes import is_written_to, modes
 from autosparse_fx.passes.tag_recompute import is_between_mask_and_use
 
@@ -15,9 +15,10 @@ def verify_masked_graph(gm: GraphModule, *, deduped: bool = False, tagged: bool 
     """Check a Dynamo or joint graph, and its subgraphs.
 
     Always: nodes are in order; masks and GA gradients have their operands, alpha is 0-d, shapes agree; a weight that
-    was marked for masking is read through masks only, and with its own threshold; the placeholders that were added
-    stand behind all others, in threes. With ``deduped``: no two masks of one weight under the same modes. With
-    ``tagged``: no mask is kept for the backward pass, and no cast or view of one but what a depthwise layer reads.
+    was marked for masking is read through masks only (or named, for gradients), and with its own threshold; the
+    placeholders that were added stand behind all others, in threes. With ``deduped``: no two masks of one weight under
+    the same modes. With ``tagged``: no mask is kept for the backward pass, and no cast or view of one but what a
+    depthwise layer reads.
 
     Raises:
         AssertionError: naming the node.
@@ -54,7 +55,7 @@ def _verify(graph: Graph, deduped: bool, tagged: bool) -> None:
 
 def _verify_weight(weight: Node) -> None:
     for user in weight.users:
-        assert user.target is MASK, f"{weight} is to be masked, and is read densely by {user}"
+        assert user.target in NAMING_USES, f"{weight} is to be masked, and is read densely by {user}"
         for source in _placeholders_behind(user.args[1:]):
             owner = source.meta.get(STATE, (weight.name,))[0]
             assert owner == weight.name, f"{user} masks {weight} with {source}, which belongs to {owner}"

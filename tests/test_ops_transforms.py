@@ -114,6 +114,24 @@ def test_an_ensemble_of_sparse_modules_runs_under_vmap() -> None:
     torch.testing.assert_close(seen, torch.stack([m(x) for m in models]))
 
 
+def test_transforms_of_a_sparse_module_inside_a_compiled_region_equal_those_outside() -> None:
+    model, xs = sparse_linear(), torch.randn(5, 6)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(p: dict[str, Tensor], x: Tensor) -> Tensor:
+        return (torch.func.functional_call(model, p, (x,)) ** 2).sum()
+
+    def per_sample(p: dict[str, Tensor], xs: Tensor) -> dict[str, Tensor]:
+        return torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(p, xs)  # type: ignore[no-any-return]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(per_sample, backend="aot_eager", fullgraph=True)
+    seen, expected = compiled(parameters, xs), per_sample(parameters, xs)
+    assert set(seen) == {"weight", "bias", "weight_threshold"}
+    for name in expected:
+        torch.testing.assert_close(seen[name], expected[name])
+
+
 def test_export_sees_exactly_one_mask_node() -> None:
     model, x = sparse_linear(), torch.randn(3, 6)
     program = torch.export.export(model, (x,))

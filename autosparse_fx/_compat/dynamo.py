@@ -47,6 +47,13 @@ def compiled_by(function: FunctionType, backend: str) -> tuple[Callable[..., Any
     return None
 
 
+def compiles_a_backward_pass() -> bool:
+    """Whether what Dynamo compiles is a backward pass that ``compiled_autograd`` captured. 2.11-2.15."""
+    from torch._dynamo import compiled_autograd
+
+    return compiled_autograd.in_compiled_autograd_region
+
+
 def compile_apart(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
     """``torch.compile`` whose compilations do not count for the recompile limit of others. 2.15; on 2.11 they do."""
     apart = "isolate_recompiles" in inspect.signature(torch.compile).parameters

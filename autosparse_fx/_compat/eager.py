@@ -22,8 +22,12 @@ from torch.utils._pytree import tree_leaves as tree_leaves  # the tensors in nes
 ConvNd, ConvTransposeNd = _ConvNd, _ConvTransposeNd
 
 
+@torch.compiler.assume_constant_result
 def functorch_is_active() -> bool:
-    """Whether a ``torch.func`` transform (grad, vmap, ...) is running. 2.11-2.15; no public equivalent."""
+    """Whether a ``torch.func`` transform (grad, vmap, ...) is running. 2.11-2.15; no public equivalent.
+
+    Dynamo runs the transforms of what it captures, and guards on those around it: so it may ask once, while it does.
+    """
     return torch._C._are_functorch_transforms_active()
 
 

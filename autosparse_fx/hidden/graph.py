@@ -15,7 +15,9 @@ from autosparse_fx.hidden import masks, registration
 from autosparse_fx.hidden.masks import HiddenMask, Request
 from autosparse_fx.passes.find_weights import find_weights
 from autosparse_fx.passes.insert_masks import STATE, WEIGHT, MaskSpec
-from autosparse_fx.passes.modes import is_written_to
+from autosparse_fx.passes.modes import function_name, is_written_to
+
+_DIFFERENTIATING = frozenset({"_wrap_for_grad", "_make_dual"})  # what torch.func puts before a function of its inputs
 
 
 def mark_weights(gm: GraphModule, request: Request | None) -> None:
@@ -27,7 +29,8 @@ def mark_weights(gm: GraphModule, request: Request | None) -> None:
     its model, whatever they use it for, as it does when the model is prepared.
 
     Raises:
-        RuntimeError: if the graph writes to a weight that is to be masked.
+        RuntimeError: if the graph writes to a weight that is to be masked, or differentiates with respect to it by
+            ``torch.func``.
     """
     parameters = {
         node: parameter
@@ -51,6 +54,12 @@ def mark_weights(gm: GraphModule, request: Request | None) -> None:
                     f"the model writes to its weight '{mask.weight.name}' inside forward, which a masked copy would "
                     f"lose: leave it dense with options={{'rules': {{{mask.weight.name!r}: None}}, ...}}, or write to "
                     "it outside the compiled region"
+                )
+            if any(function_name(user) in _DIFFERENTIATING for user in node.users):
+                raise RuntimeError(
+                    f"torch.func differentiates with respect to the weight '{mask.weight.name}' inside the compiled "
+                    "region, out of reach of its threshold: call model = autosparse_fx.sparsify(model) before making "
+                    "the optimizer, and compile without the options"
                 )
             channels = len(mask.offset) if mask.weight.config.granularity == "channel" else None
             node.meta[WEIGHT] = MaskSpec(mask.plan.config.threshold_scale, mask.axis, channels)

@@ -9,6 +9,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from hidden.compare import INIT, check, error, one_line, without_inductor
+from hidden.compare import eager as hidden_eager
 from torch import Tensor, nn
 
 from autosparse_fx import AutoSparse, finalize, sparsify, thresholds
@@ -121,6 +122,18 @@ def test_cure_for_complex_weights_by_a_rule_works() -> None:
     model = Product(torch.complex64)
     one_line(model, rules={"odd": None})(X)
     assert set(thresholds(model)) == {"fc.weight"}
+
+
+def test_gradients_by_torch_func_inside_the_region_are_refused_by_name() -> None:
+    model = reference.mlp()
+
+    def loss(p: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, p, (X,)).square().sum()  # type: ignore[no-any-return]
+
+    text = error(one_line(lambda p: torch.func.grad(loss)(p)), dict(model.named_parameters()))
+    assert "torch.func differentiates with respect to the weight" in text and "sparsify(model)" in text
+    y = one_line(lambda x: torch.func.vmap(model)(x))(X)  # with respect to other tensors it works
+    torch.testing.assert_close(y, hidden_eager(model)(X))
 
 
 def test_weight_of_a_tensor_subclass_is_refused() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._higher_order_ops.scan import scan  # no public name yet
 from uses import axis_of, found_in
 
 from autosparse_fx.passes.find_weights import find_weights
@@ -159,6 +160,13 @@ HIGHER_ORDER: dict[str, Callable[[Tensor, Tensor], Any]] = {
 def test_weights_inside_higher_order_ops_are_found(name: str) -> None:
     axis = axis_of(HIGHER_ORDER[name], torch.randn(4, 4), torch.randn(4, 4))
     assert axis == (0 if name == "view outside" else 1)
+
+
+def test_axis_of_weights_stacked_for_scan_is_that_of_the_stack() -> None:
+    def scanned(x: Tensor, w: Tensor) -> Any:
+        return scan(lambda y, v: (F.linear(y, v), y.sum()), x, w)[0]
+
+    assert axis_of(scanned, torch.randn(4, 4), torch.randn(3, 4, 4)) == 1
 
 
 def test_other_uses_inside_higher_order_ops_are_not_found() -> None:

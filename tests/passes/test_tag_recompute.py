@@ -111,6 +111,22 @@ def test_nothing_weight_sized_is_kept(granularity: str, dtype: torch.dtype | Non
     assert not [tuple(t.shape) for t in found if t.numel() in weights and t.numel() > 16 * X.shape[0]]
 
 
+class Viewed(nn.Module):
+    """A weight that is viewed before autocast copies it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(16, 96, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.conv.weight.view(96, 16)).relu() @ self.conv.weight.view(96, 16)
+
+
+def test_low_precision_copy_of_a_view_is_not_kept() -> None:
+    found = saved_for_backward(sparsify(Viewed()), X, Graphs(tag_recompute), torch.bfloat16)
+    assert found and max(t.numel() for t in found) < 96 * 16
+
+
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "autocast"])
 def test_gradients_do_not_change(dtype: torch.dtype | None) -> None:
     _, sparse = models()
