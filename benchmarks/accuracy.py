@@ -174,8 +174,10 @@ class Benchmark:
         print(f"\n| Fashion-MNIST, {self.network} {COLUMNS}")
         for variant in (variant for group in GROUPS.values() for variant in group):
             self._print_row(variant, DENSE[variant.recipe])
-        if any(self.result(run) for variant in CIFAR_VARIANTS for run in self.runs(variant)):
-            print(f"\n| CIFAR-10 {COLUMNS}")
+        cifar = [result for variant in CIFAR_VARIANTS for run in self.runs(variant) if (result := self.result(run))]
+        if cifar:
+            data = " or ".join(sorted({result["recipe"]["data"] for result in cifar}))
+            print(f"\n| {data} {COLUMNS}")
             for variant in CIFAR_VARIANTS:
                 self._print_row(variant, CIFAR_VARIANTS[0])
             for variant in CIFAR_VARIANTS[1:]:

@@ -101,6 +101,8 @@ def main() -> None:
     if unknown:
         parser.error(f"no model {', '.join(unknown)}: choose from {', '.join(MODELS)}")
     IMAGES.mkdir(exist_ok=True)
+    if arguments.html is not None:
+        arguments.html.mkdir(parents=True, exist_ok=True)
     for name in arguments.names or MODELS:
         draw(name, arguments.html)
 

@@ -249,7 +249,7 @@ def _find(folder: Path, candidates: tuple[str, ...], name: str) -> Path:
     for candidate in candidates:
         if (folder / candidate).exists():
             return folder / candidate
-    cure = "" if name == "cifar10-jpeg" else ", or add --download to fetch it there"
+    cure = "" if name == "cifar10-jpeg" else ", or let train_image_classifier.py fetch it there with --download"
     raise FileNotFoundError(
         f"--data {name}: found neither {' nor '.join(candidates)} in {str(folder)!r}; point --data-dir (or the "
         f"environment variable AUTOSPARSE_DATA) at the folder that holds it{cure}"

@@ -8,7 +8,9 @@ layer. The only line that sparse inference needs is `torch.compile(model, backen
 """
 
 import argparse
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,10 +31,20 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="state_dict of a finalized model")
     parser.add_argument("--arch", default="convnet", help="(default: %(default)s)")
     parser.add_argument("--data", choices=DATA_SETS, default="digits", help="(default: %(default)s)")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="(default: %(default)s)")
+    parser.add_argument(
+        "--data-dir", type=Path, default=Path(os.environ.get("AUTOSPARSE_DATA", "data")),
+        help="folder that holds it (default: environment variable AUTOSPARSE_DATA, or 'data')",
+    )  # fmt: skip
     parser.add_argument("--batch-size", type=whole(), default=128, help="(default: %(default)s)")
     args = parser.parse_args()
+    try:
+        compare(args)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
 
+
+def compare(args: argparse.Namespace) -> None:
+    """Classify all test images on both kernels, and print what comes of it."""
     rgb = args.arch not in BUILT_IN
     data = load_data(
         args.data, args.data_dir, device=torch.device("cpu"), download=False, rgb=rgb, image_size=224, workers=2

@@ -273,6 +273,15 @@ def test_the_cut_masks_exactly_what_the_report_counts(granularity: str) -> None:
         assert int((weight.abs() <= cut).sum()) == layers[name].zeros
 
 
+def test_a_compiled_model_is_reported_under_its_own_names() -> None:
+    model = sparse_convnet()
+    compiled = torch.compile(model, backend="eager")
+    assert "_orig_mod.fc.weight" in dict(compiled.named_parameters())
+    assert thresholds(compiled) == thresholds(model) and list(thresholds(model))[-1] == "fc.weight"
+    assert report(compiled) == report(model)
+    assert sparsity(compiled) == sparsity(model) > 0
+
+
 def test_a_wrapped_model_is_reported_under_the_names_of_the_wrapper() -> None:
     wrapped = nn.ModuleDict({"net": sparse_convnet()})
     assert [layer.name for layer in report(wrapped).layers] == ["net.conv1.weight", "net.conv2.weight", "net.fc.weight"]

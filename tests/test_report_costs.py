@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from typing import Any
 
 import pytest
@@ -159,6 +160,29 @@ def test_each_weight_says_which_kernel_it_runs_on_and_why() -> None:
     assert [layer.kernel for layer in found.layers] == ["dense", "sparse", "dense"]
     assert [layer["kernel"] for layer in found.to_dict()["layers"]] == ["dense", "sparse", "dense"]
     assert "sparse: estimated" in str(found) and "1 of 3 weights run on sparse kernels" in str(found)
+
+
+def test_without_a_compiler_only_the_kernels_are_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compiler() -> None:
+        raise RuntimeError("No working C++ compiler found\n\nand more")
+
+    for module in [module for name, module in sys.modules.items() if name.startswith("autosparse_fx.")]:
+        if callable(getattr(module, "library", None)):
+            monkeypatch.setattr(module, "library", no_compiler)
+    model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 512)).eval()
+    assert [layer.kernel for layer in report(model, torch.randn(64, 256)).layers] == [
+        "dense",
+        "dense",
+    ]  # and no warning
+    with torch.no_grad():
+        model[2].weight[torch.rand(512, 512) < 0.95] = 0
+    with pytest.warns(
+        UserWarning, match=r"kernels .* not known: RuntimeError: No working C\+\+ compiler found$"
+    ) as seen:
+        found = report(model, torch.randn(64, 256))
+    assert [warning.filename for warning in seen] == [__file__]
+    assert [layer.kernel for layer in found.layers] == [None, None]
+    assert found.cost is not None and found.cost.dense == 2 * 64 * 512 * (256 + 512)
 
 
 @pytest.mark.parametrize(

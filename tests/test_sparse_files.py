@@ -254,22 +254,41 @@ def test_a_dense_file_costs_little_more(tmp_path: Path) -> None:
     assert (tmp_path / "sparse.safetensors").stat().st_size < 1.001 * (tmp_path / "dense.pt").stat().st_size
 
 
-def test_other_programs_read_it(tmp_path: Path) -> None:
-    """As docs/files.md says, with safetensors and NumPy alone."""
-    weight = torch.randn(20, 30) * (torch.rand(20, 30) < 0.1)
-    save_sparse({"bias": torch.ones(4), "weight": weight}, tmp_path / "a")
-    stored = safetensors.torch.load_file(tmp_path / "a")
-    assert stored.keys() == {"bias", "weight", "weight:bitmap", "weight:signs"}
-    assert torch.equal(stored["bias"], torch.ones(4)) and torch.equal(stored["weight"], weight[weight != 0])
-    with safetensors.safe_open(tmp_path / "a", "np") as file:
-        entry = json.loads(file.metadata()["autosparse_fx"])["tensors"]["weight"]
-        array = np.zeros(entry["shape"], entry["dtype"])
-        kept = np.unpackbits(file.get_tensor(entry["bitmap"]), count=array.size, bitorder="little") == 1
-        array.flat[kept] = file.get_tensor(entry["values"])
+def read(file: Any, name: str) -> np.ndarray:
+    """As docs/files.md has it, with safetensors and NumPy alone."""
+    tensors = json.loads(file.metadata()["autosparse_fx"])["tensors"]
+    entry = tensors[tensors[name].get("same_as", name)]
+    values = file.get_tensor(entry["values"])
+    if values.dtype != entry["dtype"]:
+        values = values.view(entry["dtype"])[..., 0]
+    if "bitmap" not in entry:
+        return values
+    array = np.zeros(entry["shape"], entry["dtype"])
+    kept = np.unpackbits(file.get_tensor(entry["bitmap"]), count=array.size, bitorder="little") == 1
+    array.flat[kept] = values
+    if "signs" in entry:
         left_out = np.flatnonzero(~kept)
         signs = np.unpackbits(file.get_tensor(entry["signs"]), count=len(left_out), bitorder="little") == 1
         array.flat[left_out[signs]] = -0.0
-    assert bits(torch.from_numpy(array)) == bits(weight)
+    return array
+
+
+def test_other_programs_read_it(tmp_path: Path) -> None:
+    weight = torch.randn(20, 30) * (torch.rand(20, 30) < 0.1)
+    state = {"bias": torch.ones(4), "weight": weight, "tied": weight, "positive": weight.abs()}
+    state |= {"scalar": torch.tensor(3), "flags": torch.eye(3) > 0, "phase": torch.randn(2, 3, dtype=torch.complex64)}
+    state["spectrum"] = weight.abs().to(torch.complex64)
+    save_sparse(state, tmp_path / "a")
+    stored = safetensors.torch.load_file(tmp_path / "a")
+    assert {"bias", "weight", "weight:bitmap", "weight:signs"} < stored.keys()
+    assert torch.equal(stored["bias"], torch.ones(4)) and torch.equal(stored["weight"], weight[weight != 0])
+    parts = parts_of(tmp_path / "a")
+    assert parts["positive"] == parts["spectrum"] == ["bitmap", "values"] and parts["tied"] == ["same_as"]
+    with safetensors.safe_open(tmp_path / "a", "np") as file:
+        for name, tensor in state.items():
+            array = read(file, name)
+            assert array.shape == tensor.shape and array.dtype == tensor.numpy().dtype, name
+            assert bits(torch.from_numpy(array)) == bits(tensor), name
 
 
 REFUSED: dict[str, tuple[Any, str]] = {

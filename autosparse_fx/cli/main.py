@@ -37,7 +37,9 @@ examples:
 examples:
   autosparse-fx graph resnet50 -o resnet50.html               to look at, search and unfold in a browser
   autosparse-fx graph vit_b_16 --weights sparse.pt -o vit.png
-  autosparse-fx graph resnet18 --kind backward -o backward.html   with the Gradient Annealing nodes
+  autosparse-fx graph resnet18 --weights training.pt --kind backward -o backward.html
+                                                              with the Gradient Annealing nodes (weights saved before
+                                                              finalize)
 """,
 }
 

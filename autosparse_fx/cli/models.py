@@ -71,19 +71,26 @@ def _from_torchvision(name: str, options: dict[str, Any]) -> tuple[nn.Module, tu
             f"{name!r} is no model of torchvision.models{hint}, no file, and no package.module:callable to import"
         )
     builder = models.get_model_builder(name)
-    if not builder.__module__.startswith(("torchvision.models.detection", "torchvision.models.segmentation")):
-        return models.get_model(name, weights=None, **options), _example(name, builder.__module__)
-    return models.get_model(name, weights=None, weights_backbone=None, **options), _example(name, builder.__module__)
+    if builder.__module__.startswith(("torchvision.models.detection", "torchvision.models.segmentation")):
+        options = {"weights_backbone": None, **options}
+    model: nn.Module = models.get_model(name, weights=None, **options)
+    return model, _example(model, name, builder.__module__)
 
 
-def _example(name: str, module: str) -> tuple[Any, ...]:
-    """The arguments that a model of torchvision is made for, of the size that its own weights were trained at."""
+def _example(model: nn.Module, name: str, module: str) -> tuple[Any, ...]:
+    """The arguments that a model of torchvision is made for.
+
+    Of the only size that it takes (a ViT), or else of the size that its own weights were trained at.
+    """
     from torchvision import models
 
     if ".detection." in module:
         return ([torch.rand(3, 320, 320)],)
     if ".optical_flow." in module:
         return torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128)
+    size = getattr(model, "image_size", None)
+    if isinstance(size, int):
+        return (torch.rand(1, 3, size, size),)
     transforms: Any = next(iter(models.get_model_weights(name))).transforms()
     crop = getattr(transforms, "crop_size", None) or [224]
     height, width = crop if len(crop) == 2 else [crop[0], crop[0]]

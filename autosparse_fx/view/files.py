@@ -10,6 +10,7 @@ import networkx as nx
 from autosparse_fx.view.graph import Module
 
 _COLOURS = {"mask": "#e8590c", "gradient": "#c2255c"}
+_NAMES_IN_DOT = {"source": "tooltip", "shape": "tensor_shape"}  # to Graphviz the shape is that of the node
 
 
 def write_graphml(graphs: Sequence[nx.DiGraph], titles: Sequence[str], file: IO[bytes]) -> None:
@@ -63,7 +64,7 @@ def _together(graphs: Sequence[nx.DiGraph]) -> nx.DiGraph:
 
 
 def _attributes(data: dict[str, Any]) -> str:
-    shown = {"tooltip" if key == "source" else key: value for key, value in data.items() if key != "module"}
+    shown = {_NAMES_IN_DOT.get(key, key): value for key, value in data.items() if key != "module"}
     shown["fillcolor"] = "#ffffff"
     if "sparsity" in data:  # hue, saturation, value: from white to blue
         shown["fillcolor"] = f"0.6 {0.7 * data['sparsity']:.3f} 1.0"

@@ -14,6 +14,7 @@ from torch import nn
 
 from autosparse_fx import AutoSparse, finalize, save_sparse, sparsify, sparsity
 from autosparse_fx.cli.main import main
+from autosparse_fx.cli.models import make_model
 
 # A small model of torchvision, and what it takes at the size that it is made for.
 SMALL = "squeezenet1_1"
@@ -58,6 +59,15 @@ def test_a_torchvision_model_needs_no_input(capsys: pytest.CaptureFixture[str]) 
     """The published count of ResNet-18 at 224x224."""
     found = json.loads(run(capsys, "flops", "resnet18", "--macs", "--json"))
     assert found["dense, sparse"]["forward"] == [1_814_073_344 + 512 * 49] * 2
+
+
+@pytest.mark.parametrize(("name", "size"), [("vit_h_14", 224), ("efficientnet_b1", 240)])
+def test_the_input_has_the_size_that_the_model_takes(name: str, size: int) -> None:
+    """The first weights of vit_h_14 are of another model, for 518x518; efficientnet_b1 takes any size, and has one."""
+    with torch.device("meta"):
+        model, (images,), _ = make_model(name, None, None)
+        assert images.shape == (1, 3, size, size)
+        assert model(images).shape == (1, 1000)
 
 
 def test_callable_of_the_user(capsys: pytest.CaptureFixture[str], user_module: str) -> None:
@@ -134,6 +144,17 @@ def test_graph(capsys: pytest.CaptureFixture[str], user_module: str, tmp_path: P
     path = tmp_path / f"graph.{suffix}"
     assert f"wrote {path}" in run(capsys, "graph", f"{user_module}:make", "--input", "3x4", "-o", str(path))
     assert "linear" in path.read_text()
+
+
+def test_gradient_annealing_is_in_the_backward_graph_of_sparse_weights(
+    capsys: pytest.CaptureFixture[str], user_module: str
+) -> None:
+    call = ("graph", f"{user_module}:make", "--input", "3x4", "--kind", "backward", "-o", "x.dot")
+    run(capsys, *call)
+    assert "anneal_gradient" not in Path("x.dot").read_text()
+    torch.save(sparsify(made_by_user()).state_dict(), "training.pt")
+    run(capsys, *call, "--weights", "training.pt")
+    assert "anneal_gradient" in Path("x.dot").read_text()
 
 
 @pytest.mark.parametrize(

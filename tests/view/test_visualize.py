@@ -1,6 +1,8 @@
 """What visualize writes, and what it refuses before anything is written."""
 
+import shutil
 import struct
+import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -92,6 +94,21 @@ def test_dot_has_modules_as_clusters_and_quotes_everything(tmp_path: Path) -> No
         files.write_dot([graph], ["t"], file)
     text = (tmp_path / "x.dot").read_text()
     assert '"a\\"b\\\\" [' in text and 'label="say \\"hi\\"\\nthere"' in text
+
+
+def test_sizes_of_tensors_are_no_shapes_of_nodes_in_dot(model: nn.Module, tmp_path: Path) -> None:
+    """Graphviz has its own `shape`."""
+    (graph,) = autosparse_fx.visualize(model, INPUT, tmp_path / "model.dot")
+    assert {"2x4", "8x4"} <= {data.get("shape") for _, data in graph.nodes(data=True)}
+    text = (tmp_path / "model.dot").read_text()
+    assert 'tensor_shape="2x4"' in text and ' shape="' not in text
+
+
+@pytest.mark.skipif(shutil.which("dot") is None, reason="no Graphviz on this machine")
+def test_graphviz_knows_all_that_a_dot_file_says(model: nn.Module, tmp_path: Path) -> None:
+    autosparse_fx.visualize(model, INPUT, tmp_path / "model.dot")
+    done = subprocess.run(["dot", "-Tdot", tmp_path / "model.dot"], capture_output=True, text=True, check=True)
+    assert "Warning" not in done.stderr
 
 
 def test_modules_are_clusters_of_dot(model: nn.Module, tmp_path: Path) -> None:
