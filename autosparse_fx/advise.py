@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autosparse_fx._compat import eager
 from autosparse_fx.kernels.layers import Layer, layers
 from autosparse_fx.kernels.library import library
 from autosparse_fx.kernels.program import Buffer, Step, Window, assemble
@@ -113,6 +114,7 @@ def advise(
     for sparsity in sparsities:
         if not 0 <= sparsity < 1:
             raise ValueError(f"sparsities must be in [0, 1), got {sparsity!r}")
+    model = eager.without_wrapper(model)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -148,22 +150,23 @@ def _time_dense(layer: Layer) -> float:
 
 
 def _time_sparse(layer: Layer, sparsity: float) -> float:
-    weight = torch.randn(layer.shape)
-    weight = weight * (torch.rand(layer.shape) >= sparsity)
+    weight = torch.randn(layer.shape, dtype=torch.float32)
+    weight *= torch.rand(layer.shape) >= sparsity
     rows, channels = layer.shape[0], layer.shape[1] * layer.groups
     is_tokens = layer.window is None
     window = layer.window or Window((1, 1), (1, 1))
     pixels = window.in_size[0] * window.in_size[1]
-    step = Step(
-        0, 1, weight if weight.dim() == 4 else weight[:, :, None, None], torch.zeros(rows), window, layer.groups
-    )
+    kernel = weight if weight.dim() == 4 else weight[:, :, None, None]
+    step = Step(0, 1, kernel, weight.new_zeros(rows), window, layer.groups)
     buffers = [Buffer("input", channels, pixels), Buffer("output", rows, layer.columns)]
     kernels = library()
     program = assemble([step], buffers, kernels.machine, is_tokens=is_tokens).data
-    if is_tokens:
-        x, y = torch.randn(layer.columns, channels), torch.empty(layer.columns, rows)
-    else:
-        x, y = torch.randn(layer.units, channels, pixels), torch.empty(layer.units, rows, layer.columns)
+    shapes = (
+        ((layer.columns, channels), (layer.columns, rows))
+        if is_tokens
+        else ((layer.units, channels, pixels), (layer.units, rows, layer.columns))
+    )
+    x, y = (torch.randn(shape, dtype=torch.float32) for shape in shapes)
     return _milliseconds(lambda: kernels.run(program, [x], [y]))
 
 

@@ -11,9 +11,11 @@ from torch.optim import Optimizer
 
 from autosparse_fx.attach import masked_modules
 from autosparse_fx.consistency import refuse_broken_ties
+from autosparse_fx.controller import Controller
 from autosparse_fx.decay import annealed_alpha
 from autosparse_fx.history import RECORDS, History
-from autosparse_fx.masked import ALPHA, MaskedModule, alpha_of, full_logit, reset_mask, stored_weight
+from autosparse_fx.masked import MaskedModule, full_logit
+from autosparse_fx.masked_state import ALPHA, alpha_of, reset_mask, stored_weight
 from autosparse_fx.optimizers import (
     check_momentum_can_be_cleared,
     clear_momentum_of_masked,
@@ -23,15 +25,15 @@ from autosparse_fx.optimizers import (
     warn_of_late_weights,
     warn_of_untrained_parameters,
 )
-from autosparse_fx.plan import Plan
-from autosparse_fx.steering import SteeredWeight, explain_failure, scheduled_sparsity, steer, steered_groups
 
 __all__ = ["GradientAnnealing"]
 
 MAX_STEPS_BETWEEN_SHIFTS = 20
 MAX_HELD_CALLS = 20  # of step() in a row that may have come after no optimizer step: GradScaler seldom skips as many
 
-_annealers: "weakref.WeakKeyDictionary[Plan, weakref.WeakSet[GradientAnnealing]]" = weakref.WeakKeyDictionary()
+MAX_UNHEARD_STEPS = 20  # of one optimizer that trains masked weights, between two that were counted
+
+_annealers: "weakref.WeakSet[GradientAnnealing]" = weakref.WeakSet()
 
 
 class GradientAnnealing:
@@ -98,6 +100,7 @@ class GradientAnnealing:
         self.total_steps = operator.index(total_steps)
         self._config = configs[0]
         self._plans = list(plans.values())
+        self._lineages = {plan.lineage for plan in self._plans}
         self._model = model
         self._modules = modules
         self._interval = max(1, min(MAX_STEPS_BETWEEN_SHIFTS, total_steps // 100))
@@ -106,7 +109,7 @@ class GradientAnnealing:
         self._warned_of_order = False
         self._held_calls = 0
         self._sees_steps: bool | None = None  # unknown until the first that it sees, or should have seen
-        self._checks: list[_DeferredCheck] = []
+        self._controller = Controller(self._config)
         self._unchecked_steps = 2
         self._optimizer = optimizer
         self._handle: Any = None
@@ -126,34 +129,35 @@ class GradientAnnealing:
         """Stop the annealers of modules that this one takes over; return those of other modules that begin with it."""
         own = {id(module) for _, module in self._modules}
         beside = []
-        for plan in self._plans:
-            annealers = _annealers.setdefault(plan, weakref.WeakSet())
-            for earlier in list(annealers):
-                theirs = earlier._masked()
-                left = [name for name, module in theirs if id(module) not in own]
-                if theirs and len(left) == len(theirs):
-                    beside += [earlier] if earlier.steps == 0 else []
-                    continue
-                if left and earlier._handle is not None:
-                    warnings.warn(
-                        f"the annealer of {len(theirs)} masked modules is stopped, because a new one takes over some "
-                        f"of them: the others ('{left[0]}', {len(left)} in all) are no longer annealed or steered; "
-                        "give each annealer a part of the model of its own, or one the whole model",
-                        stacklevel=4,
-                    )
-                earlier.detach()
-                annealers.discard(earlier)
-            annealers.add(self)
+        for earlier in list(_annealers):
+            theirs = earlier._masked()
+            left = [name for name, module in theirs if id(module) not in own]
+            if len(left) == len(theirs):
+                if earlier.steps == 0 and any(plan in self._plans for plan in earlier._plans):
+                    beside.append(earlier)
+                continue
+            if left and earlier._handle is not None:
+                warnings.warn(
+                    f"the annealer of {len(theirs)} masked modules is stopped, because a new one takes over some "
+                    f"of them: the others ('{left[0]}', {len(left)} in all) are no longer annealed or steered; "
+                    "give each annealer a part of the model of its own, or one the whole model",
+                    stacklevel=4,
+                )
+            earlier.detach()
+            _annealers.discard(earlier)
+        _annealers.add(self)
         return beside
 
     def _attach(self) -> None:
         optimizer_steps.start()
+        optimizer_steps.listeners.add(self)
         self._optimizer_steps_before = optimizer_steps.count
+        self._unheard: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         if self._optimizer is not None:
             self._handle = self._optimizer.register_step_post_hook(self._after_optimizer_step)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handle": None, "_checks": []}  # optimizers leave their hooks behind, too
+        return {**self.__dict__, "_handle": None, "_unheard": {}}  # optimizers leave their hooks behind, too
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -177,7 +181,7 @@ class GradientAnnealing:
         """The sparsity that the model-wide target asks for now; None in the open loop."""
         if self._config.target_sparsity is None:
             return None
-        return scheduled_sparsity(self._config.target_sparsity, self._config.ramp_end, self._count / self.total_steps)
+        return self._controller.scheduled(self._config.target_sparsity, self._count / self.total_steps)
 
     def step(self) -> None:
         """Count one optimizer step; call it after ``optimizer.step()`` where no optimizer was given.
@@ -213,13 +217,19 @@ class GradientAnnealing:
 
     def detach(self) -> None:
         """Stop counting the optimizer's steps. A new annealer for the same model does this to the one before it."""
+        optimizer_steps.listeners.discard(self)
         if self._handle is not None:
             self._handle.remove()
             self._optimizer = self._handle = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs, and the history; thresholds and offsets are in the model's own state_dict."""
-        return {"steps": self._count, "total_steps": self.total_steps, "history": self.history.state()}
+        return {
+            "steps": self._count,
+            "total_steps": self.total_steps,
+            "floors": self._controller.floors,
+            "history": self.history.state(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume where :meth:`state_dict` was taken, alpha included.
@@ -243,12 +253,14 @@ class GradientAnnealing:
             )
         try:
             history = History.from_state(state["history"]) if "history" in state else None
+            saved = state.get("floors", [])
+            floors = None if saved is None else [[float(target), float(floor)] for target, floor in saved]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"the history in the annealer's state is damaged ({error!r}): save annealer.state_dict()"
             ) from error
         self._count = steps
-        self._checks = []  # of shifts that are undone
+        self._controller.resume(floors)
         if history is not None:
             self.history.become(history)  # which annealers of other parts may share
         for plan in self._plans:
@@ -269,7 +281,31 @@ class GradientAnnealing:
         if self._clears_momentum:
             clear_momentum_of_masked(optimizer, self._masked())
 
+    def saw_step(self, optimizer: Optimizer) -> None:
+        """Warn where an optimizer trains the masked weights again and again, and no step is counted."""
+        unheard = self._unheard[optimizer] = self._unheard.get(optimizer, 0) + 1
+        if unheard != MAX_UNHEARD_STEPS:
+            return
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        trained = [
+            f"{prefix}.{slot.name}"
+            for prefix, module in self._masked()
+            for slot in module._autosparse_slots
+            if id(stored_weight(module, slot)) in held
+        ]
+        if trained:
+            theirs = "" if self._optimizer is None else f" of its own {type(self._optimizer).__name__}"
+            warnings.warn(
+                f"{unheard} steps of {type(optimizer).__name__} have trained masked weights ('{trained[0]}', "
+                f"{len(trained)} in all) since GradientAnnealing last counted a step{theirs}: alpha and the sparsity "
+                "stand still meanwhile; give it the optimizer that steps, or none and call its step() after each",
+                stacklevel=2,
+            )
+
     def _advance(self) -> None:
+        self._unheard.clear()
+        if not self._masked():
+            return  # finalized; masks that its modules got since are those of another training
         if self._count >= self.total_steps:
             if not self._warned_of_end:
                 self._warned_of_end = True
@@ -294,7 +330,9 @@ class GradientAnnealing:
         if steering or recording:
             self._modules = masked_modules(self._model)  # dense_weights and finalize may have changed which there are
         if steering:
-            self._steer()
+            self._controller.shift(
+                (m for _, m in self._modules), self._count / self.total_steps, exact=self._settling()
+            )
         if recording and self._modules:
             self._record()
 
@@ -315,33 +353,14 @@ class GradientAnnealing:
 
     @torch.no_grad()
     def _write_alpha(self) -> None:
-        alphas = [alpha_of(m) for _, m in self._modules if ALPHA in m._buffers]
+        alphas = [alpha_of(m) for _, m in self._masked() if ALPHA in m._buffers]
         for alpha in {id(alpha): alpha for alpha in alphas}.values():
-            alpha.fill_(self.alpha)
-
-    def _steer(self) -> None:
-        checks, self._checks = self._checks, []
-        for check in checks:
-            check.raise_if_failed()
-        final = self._count == self.total_steps
-        for (target, _), weights in steered_groups(m for _, m in self._modules).items():
-            sparsity = scheduled_sparsity(target, self._config.ramp_end, self._count / self.total_steps)
-            finite = steer(
-                weights,
-                sparsity,
-                self._config.max_layer_sparsity,
-                ramping=sparsity < target,
-                exact=final or self._settling(),
-            )
-            self._checks.append(_DeferredCheck(finite, weights, target))
-        now = [check for check in self._checks if final or not check.on_device]
-        self._checks = [check for check in self._checks if check not in now]
-        for check in now:
-            check.raise_if_failed()
+            alpha.data.fill_(self.alpha)  # no write that autograd sees: a graph of another part may still need alpha
 
     def _masked(self) -> list[tuple[str, MaskedModule]]:
-        """Its modules but for those that were finalized."""
-        return [(name, module) for name, module in self._modules if isinstance(module, MaskedModule)]
+        """Its modules but for those that were finalized; none where all were, masked again since or not."""
+        found = [(name, module) for name, module in self._modules if isinstance(module, MaskedModule)]
+        return found if any(m._autosparse.plan.lineage in self._lineages for _, m in found) else []
 
     def _weight_versions(self) -> tuple[int, int]:
         """What changes when a weight is written to; fused optimizers do so without counting it as a write."""
@@ -349,25 +368,3 @@ class GradientAnnealing:
             stored_weight(module, slot)._version for _, module in self._masked() for slot in module._autosparse_slots
         )
         return writes, optimizer_steps.count
-
-
-class _DeferredCheck:
-    """Whether a shift was finite, looked at once the device has come that far, without waiting for it."""
-
-    def __init__(self, finite: Tensor, weights: list[SteeredWeight], target: float) -> None:
-        self.on_device = finite.device.type != "cpu"
-        self._finite = finite
-        self._weights = weights
-        self._target = target
-        self._ready: torch.cuda.Event | None = None
-        if finite.is_cuda:
-            self._finite = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
-            self._ready = torch.cuda.Event()
-            self._ready.record()
-
-    def raise_if_failed(self) -> None:
-        if self._ready is not None and not self._ready.query():
-            self._ready.synchronize()  # a whole interval old: long done
-        if bool(self._finite):
-            return
-        raise RuntimeError(explain_failure(self._weights, self._target))

@@ -2,7 +2,8 @@
 
 from torch import Tensor, nn
 
-from autosparse_fx.masked import ALPHA, MaskedModule, masked_class
+from autosparse_fx.masked import MaskedModule, masked_class
+from autosparse_fx.masked_state import ALPHA
 from autosparse_fx.plan import MaskedWeight, ModuleState, Plan, Slot
 
 
@@ -17,12 +18,13 @@ def attach(
 ) -> None:
     """Make ``module`` read ``slot.name`` masked by ``threshold`` and ``offset``."""
     if isinstance(module, MaskedModule):
-        slots = tuple(s for s in module._autosparse_slots if s.name != slot.name)
         module._autosparse.weights[slot.name] = weight
+        if slot not in module._autosparse_slots:
+            others = tuple(s for s in module._autosparse_slots if s.name != slot.name)
+            remask(module, (*others, slot), plan)
     else:
-        slots = ()
         module.__dict__["_autosparse"] = ModuleState(plan, {slot.name: weight})
-    remask(module, (*slots, slot), plan)
+        remask(module, (slot,), plan)
     module._parameters[slot.threshold] = threshold
     module._buffers[slot.offset] = offset
     module._buffers[ALPHA] = alpha
@@ -30,19 +32,47 @@ def attach(
 
 
 def remask(module: nn.Module, slots: tuple[Slot, ...], plan: Plan) -> None:
-    """Set the class of ``module`` to the masked class of its original class for ``slots``."""
+    """Set the class of ``module`` to the masked class of its original class for ``slots``.
+
+    Raises:
+        RuntimeError: if the class was changed after ``sparsify``, which would be lost.
+    """
+    if isinstance(module, MaskedModule) and "_autosparse_slots" not in type(module).__dict__:
+        raise RuntimeError(
+            f"the class of a masked {module._autosparse_base.__name__} was changed to {type(module)} after sparsify "
+            "(by fully_shard or parametrize?), and which of its weights are masked cannot change any more: tie, untie "
+            "and replace weights before that"
+        )
     base = module._autosparse_base if isinstance(module, MaskedModule) else type(module)
     module.__dict__.setdefault("_autosparse", ModuleState(plan, {}))
     module.__dict__.pop("_flat_weights", None)
     module.__class__ = masked_class(base, slots, plan.config.threshold_scale)
 
 
+def detach_weight(module: nn.Module, name: str) -> None:
+    """Undo :func:`attach` for one weight."""
+    assert isinstance(module, MaskedModule)
+    others = tuple(slot for slot in module._autosparse_slots if slot.name != name)
+    if not others:
+        detach(module)
+        return
+    for slot in module._autosparse_slots:
+        if slot.name == name:
+            _drop_state(module, slot)
+    del module._autosparse.weights[name]
+    remask(module, others, module._autosparse.plan)
+
+
+def _drop_state(module: MaskedModule, slot: Slot) -> None:
+    module._parameters.pop(slot.threshold, None)
+    module._buffers.pop(slot.offset, None)
+
+
 def detach(module: nn.Module) -> None:
-    """Undo :func:`attach`: the original class, no thresholds, no offsets."""
+    """Undo :func:`attach` for all weights: the original class, no thresholds, no offsets."""
     assert isinstance(module, MaskedModule)
     for slot in module._autosparse_slots:
-        module._parameters.pop(slot.threshold, None)
-        module._buffers.pop(slot.offset, None)
+        _drop_state(module, slot)
     module._buffers.pop(ALPHA, None)
     module._non_persistent_buffers_set.discard(ALPHA)
     del module.__dict__["_autosparse"]

@@ -2,7 +2,8 @@
 
 from torch import nn
 
-from autosparse_fx.masked import MaskedModule, mask_state
+from autosparse_fx.masked import MaskedModule
+from autosparse_fx.masked_state import mask_state
 from autosparse_fx.plan import Plan, Slot
 from autosparse_fx.selection import Candidate, collect
 

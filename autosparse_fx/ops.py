@@ -129,12 +129,13 @@ def _threshold_mask_by_autograd(weight: Tensor, threshold: Tensor, alpha: Tensor
 
 
 def _threshold_mask_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs)
+    weight, threshold, ctx.alpha = inputs  # not saved: DDP writes to buffers at every forward, and annealers between
+    ctx.save_for_backward(weight, threshold)
 
 
 def _threshold_mask_backward(ctx, grad):  # type: ignore[no-untyped-def]
-    weight, threshold, alpha = ctx.saved_tensors
-    return *anneal_gradient(grad, weight, threshold, alpha), None
+    weight, threshold = ctx.saved_tensors
+    return *anneal_gradient(grad, weight, threshold, ctx.alpha), None
 
 
 def _anneal_gradient_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

@@ -14,7 +14,8 @@ from autosparse_fx._compat.eager import has_step_hooks
 from autosparse_fx.attach import masked_modules
 from autosparse_fx.consistency import late_weights
 from autosparse_fx.dtensors import full_tensor, is_dtensor
-from autosparse_fx.masked import MaskedModule, logit, mask_state, stored_weight
+from autosparse_fx.masked import MaskedModule, logit
+from autosparse_fx.masked_state import mask_state, stored_weight
 from autosparse_fx.report import plans_of
 
 __all__ = ["param_groups"]
@@ -29,6 +30,7 @@ class OptimizerSteps:
         self.count = 0
         self._last: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         self._handle: Any = None
+        self.listeners: weakref.WeakSet[Any] = weakref.WeakSet()  # whose ``saw_step(optimizer)`` is called
 
     def start(self) -> None:
         if self._handle is None:
@@ -41,6 +43,8 @@ class OptimizerSteps:
     def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         self.count += 1
         self._last[optimizer] = self.count
+        for listener in list(self.listeners):
+            listener.saw_step(optimizer)
 
 
 optimizer_steps = OptimizerSteps()
@@ -125,7 +129,7 @@ def warn_of_late_weights(model: nn.Module) -> None:
     late = late_weights(model, plans_of(model))
     if late:
         warnings.warn(
-            f"{_some(late)} came into the model after sparsify, and will stay dense: finalize the model and sparsify "
+            f"{_some(late)} came into the model after sparsify, and is not masked: finalize the model and sparsify "
             "all of it, or replace its layers inside `with autosparse_fx.dense_weights(model):`",
             stacklevel=3,
         )

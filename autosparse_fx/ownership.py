@@ -102,13 +102,23 @@ def places(parameters: Sequence[Tensor]) -> dict[int, Place]:
     }
 
 
+def holders(parameters: Sequence[Tensor]) -> list[nn.Module]:
+    """The live modules that hold one of these parameters themselves."""
+    wanted = {id(p) for p in parameters}
+    return [m for m in _live_modules() if any(id(p) in wanted for p in m._parameters.values())]
+
+
+def _live_modules() -> list[nn.Module]:
+    """By type and not by isinstance, which would wake lazily loaded proxies."""
+    return [o for o in live_objects() if issubclass(type(o), nn.Module) and "_modules" in vars(o)]
+
+
 class _Ancestry:
     """The live modules that hold some parameters, and all modules around those."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         wanted = {id(p) for p in parameters}
-        # By type and not by isinstance, which would wake lazily loaded proxies.
-        modules = [o for o in live_objects() if issubclass(type(o), nn.Module) and "_modules" in vars(o)]
+        modules = _live_modules()
         self._parents: dict[int, list[nn.Module]] = {}
         pending: list[nn.Module] = []
         for module in modules:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 from autosparse_fx.config import AutoSparse
 from autosparse_fx.history import History
@@ -60,8 +61,10 @@ class Plan:
     warned_of_dense_checkpoint: bool = False
     warned_of_untrained: bool = False
     annealed_steps: int = 0
+    floors: list[list[float]] | None = None  # of the annealer's controller
     total_steps: int = 0  # where it was given with the configuration, in the one-line form
     history: History = field(default_factory=History)
+    lineage: str = field(default_factory=lambda: uuid4().hex)  # of this plan and of its copies
 
 
 @dataclass(eq=False)
@@ -73,6 +76,7 @@ class MaskedWeight:
     provisional: bool = False  # threshold_init="auto" was computed without the weights' values
     found_by_use: bool = False  # no layer of a known class multiplied by it: example_inputs found it, or a graph
     was_embedding: bool = False  # and nothing but embeddings held it
+    held_by: int = 1  # modules, or names of them, that it was tied to when it got its mask
 
 
 @dataclass(eq=False)

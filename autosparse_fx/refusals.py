@@ -37,6 +37,14 @@ def refuse_symbolic_trace(module: Any, slot: Slot) -> None:
     )
 
 
+def refuse_copy(module: Any) -> None:
+    raise RuntimeError(
+        f"{describe(module, module._autosparse_slots[0].name)} is masked by autosparse_fx, and a GraphModule that "
+        "holds it copies and pickles only what its graph names, which its threshold is not: copy it before sparsify or "
+        "after finalize, or save its state_dict()"
+    )
+
+
 def refuse_assignment(module: Any, name: str, value: object) -> None:
     raise TypeError(
         f"{describe(module, name)} is masked by autosparse_fx and cannot become a {type(value).__name__}: assign a "

@@ -1,5 +1,6 @@
 """What is sparse, how much, what that saves, and what was left dense for which reason."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,8 @@ from autosparse_fx.attach import masked_modules
 from autosparse_fx.consistency import refuse_broken_ties
 from autosparse_fx.hidden.masks import all_masked_modules, hidden_masks
 from autosparse_fx.history import History
-from autosparse_fx.masked import MaskedModule, full_logit, mask_state, masked_value, stored_weight
+from autosparse_fx.masked import MaskedModule, full_logit, masked_value
+from autosparse_fx.masked_state import mask_state, stored_weight
 from autosparse_fx.ownership import was_masked
 from autosparse_fx.plan import Plan, Slot
 from autosparse_fx.selection import Candidate, collect, reason, refuse_lazy_parameters
@@ -40,7 +42,9 @@ def report(
     Args:
         model: in the mode in which it is to be counted.
         example_inputs: the arguments of one call (a tensor, a tuple, or a dict of keyword arguments), to count what a
-            forward pass multiplies. The model runs once; its buffers and the random state are restored.
+            forward pass multiplies. The model runs once; its buffers and the random state are restored. Of a model in
+            eval mode that is not prepared the report then also says which kernels it would run on, and warns where that
+            cannot be known (without a C++ compiler).
         dynamic_shapes: for each input ``{dimension: name}`` or None, as for ``torch.export``: ``flops`` of the report
             are then expressions in these names.
         unit: ``"flops"``, where a multiply-accumulate is 2 FLOPs, or ``"macs"``, counted as the sparse-training
@@ -71,7 +75,16 @@ def _with_kernels(
 ) -> SparsityReport:
     from autosparse_fx.kernels.layers import layers  # which needs the compiler
 
-    choices = {layer.name: layer.choice for layer in layers(model, example_inputs)}
+    try:
+        choices = {layer.name: layer.choice for layer in layers(model, example_inputs)}
+    except ValueError as error:  # of making the kernels, which are C++: the model has just run on these inputs
+        cause = error.__cause__ or error
+        why: BaseException = getattr(cause, "inner_exception", cause)  # what a backend raised, behind Dynamo's own
+        first = str(why).strip().partition("\n\n")[0]
+        warnings.warn(
+            f"which kernels the layers would run on is not known: {type(why).__name__}: {first}", stacklevel=3
+        )
+        return found
     listed = [
         replace(layer, kernel="sparse" if choice.is_sparse else "dense", kernel_reason=choice.reason)
         if (choice := choices.get(layer.name)) is not None
@@ -192,6 +205,7 @@ def thresholds(model: nn.Module) -> dict[str, Tensor]:
 
     Each is a detached float32 tensor of shape ``[1]``, or ``[C]`` for per-channel thresholds.
     """
+    model = eager.without_wrapper(model)
     found: dict[str, Tensor] = {}
     by_weight = _masked_by_weight(model)
     for candidate in collect(model):

@@ -10,14 +10,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from autosparse_fx.attach import attach, detach, masked_modules, remask
+from autosparse_fx.attach import attach, detach, detach_weight, masked_modules, remask
 from autosparse_fx.config import AutoSparse
 from autosparse_fx.consistency import is_masked, refuse_broken_ties
 from autosparse_fx.dtensors import placed_like
 from autosparse_fx.hidden.masks import all_masked_modules, hidden_mask, hidden_masks, release
 from autosparse_fx.initial import new_mask, threshold_shape
-from autosparse_fx.masked import ALPHA, MaskedModule, alpha_of, mask_state, masked_class, masked_value, stored_weight
-from autosparse_fx.ownership import remember_finalized
+from autosparse_fx.masked import MaskedModule, masked_class, masked_value
+from autosparse_fx.masked_state import ALPHA, alpha_of, mask_state, stored_weight
+from autosparse_fx.optimizers import warn_of_late_weights
+from autosparse_fx.ownership import holders, remember_finalized
 from autosparse_fx.plan import MaskedWeight, Plan, Slot
 from autosparse_fx.report import group_sparsities
 from autosparse_fx.selection import Candidate, collect, refuse_lazy_parameters, refuse_wrappers, select
@@ -113,6 +115,7 @@ def sparsify(
         known = hidden_mask(candidate.parameter)
         weight = MaskedWeight(candidate.name, rule) if known is None else replace(known.weight, name=candidate.name)
         weight.found_by_use = id(candidate.parameter) in by_use
+        weight.held_by = len(candidate.holders)
         weight.was_embedding = all(isinstance(module, _EMBEDDINGS) for module, _ in candidate.holders)
         made = new_mask(candidate.parameter, candidate.axis, weight) if known is None else known.state()
         alpha = _shared_alpha(alphas, candidate.parameter.device, config.alpha if known is None else float(known.alpha))
@@ -142,11 +145,12 @@ def finalize(model: ModuleT, *, reach_target: bool = False) -> ModuleT:
             (``torch.optim.swa_utils.AveragedModel``), or a training that ends early. The output then changes.
 
     Warns:
-        UserWarning: if a target sparsity was missed by more than half a point, or no annealer ever stepped.
+        UserWarning: if a target sparsity was missed by more than half a point, no annealer ever stepped, or a layer
+            that joined the model after ``sparsify`` was never masked.
 
     Raises:
-        ValueError: if nothing in ``model`` is sparse, weights are on the meta device, or were tied outside of
-            ``dense_weights``, or it is to reach a target and has none.
+        ValueError: if nothing in ``model`` is sparse, weights are on the meta device, were tied outside of
+            ``dense_weights``, or are tied to masked ones outside of ``model``, or it is to reach a target and has none.
         RuntimeError: if a masked module was wrapped by FSDP2 or parametrized meanwhile, or if the target is out of
             reach; the model is then unchanged.
     """
@@ -168,6 +172,9 @@ def finalize(model: ModuleT, *, reach_target: bool = False) -> ModuleT:
                     "`with autosparse_fx.dense_weights(model):`"
                 )
     refuse_broken_ties(model)
+    _refuse_ties_to_the_outside(modules)
+    if not any(hidden_masks(model)):  # in the one-line form a layer that came late is an error
+        warn_of_late_weights(model)
     if reach_target:
         _steer_to_targets(modules)
     _warn_of_missed_targets(model, modules)
@@ -227,22 +234,24 @@ def _reconcile(model: nn.Module, before: dict[str, tuple[Any, Slot]]) -> None:
             continue  # gone, seen already, or finalized inside the context
         done.add(id(candidate))
         if candidate.axis is None and not _still_multiplied(source._autosparse.weights[slot.name], candidate):
-            for module, _ in candidate.holders:
-                if isinstance(module, MaskedModule):
-                    detach(module)
+            for module, held in candidate.holders:
+                if isinstance(module, MaskedModule) and held in module._autosparse.weights:
+                    detach_weight(module, held)
             continue
+        axis = slot.axis if candidate.axis is None else candidate.axis
         state = source._autosparse
         weight = state.weights[slot.name]
         threshold, offset = mask_state(source, slot)
         if id(threshold) in taken or id(offset) in taken:
             threshold, offset = nn.Parameter(threshold.detach().clone(), threshold.requires_grad), offset.clone()
             weight = replace(weight, name=name)
-        if threshold.shape != threshold_shape(candidate.parameter, slot.axis, weight.config):
-            threshold, offset = _resized(candidate.parameter, slot.axis, weight, threshold, offset)
+        if threshold.shape != threshold_shape(candidate.parameter, axis, weight.config):
+            threshold, offset = _resized(candidate.parameter, axis, weight, threshold, offset)
+        weight.held_by = len(candidate.holders)
         taken |= {id(threshold), id(offset)}
         alpha = alpha_of(source)
         for module, held in candidate.holders:
-            attach(module, Slot(held, slot.axis), weight, state.plan, threshold, offset, alpha)
+            attach(module, Slot(held, axis), weight, state.plan, threshold, offset, alpha)
 
 
 def _still_multiplied(weight: MaskedWeight, candidate: Candidate) -> bool:
@@ -286,6 +295,26 @@ def _refuse_unmasked_parts(model: nn.Module, config: AutoSparse) -> None:
                 f"the model is sparse already, but its weight '{candidate.name}' is not masked: finalize it before "
                 "preparing the larger model"
             )
+
+
+def _refuse_ties_to_the_outside(modules: list[tuple[str, Any]]) -> None:
+    held: dict[int, list[tuple[MaskedWeight, nn.Parameter, nn.Module]]] = {}
+    for _, module in modules:
+        for slot in module._autosparse_slots:
+            stored = stored_weight(module, slot)
+            held.setdefault(id(stored), []).append((module._autosparse.weights[slot.name], stored, module))
+    for places in held.values():
+        weight, stored, _ = places[0]
+        if len(places) >= weight.held_by:
+            continue
+        inside = {id(module) for _, _, module in places}
+        for module in holders([stored]):
+            if isinstance(module, MaskedModule) and id(module) not in inside:
+                raise ValueError(
+                    f"weight '{weight.name}' {list(stored.shape)} is tied to one of a {type(module).__name__} outside "
+                    "of what is to be finalized, which would mask it once more: finalize the whole model, or untie "
+                    "it inside `with autosparse_fx.dense_weights(model):`"
+                )
 
 
 def _steer_to_targets(modules: list[tuple[str, Any]]) -> None:

@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autosparse_fx.dtensors import full_tensor, placed_like
-from autosparse_fx.masked import MaskedModule, full_logit, mask_state, stored_weight
+from autosparse_fx.masked import MaskedModule, full_logit
+from autosparse_fx.masked_state import mask_state, stored_weight
 from autosparse_fx.plan import Slot
 
 MAX_CUT = 0.95
@@ -68,6 +69,23 @@ def scheduled_sparsity(target: float, ramp_end: float, progress: float) -> float
     arXiv:1710.01878, equation 1) that reaches ``target`` at ``ramp_end``."""
     left = max(0.0, 1 - progress / ramp_end)
     return target * (1 - left**3)
+
+
+@torch.no_grad()
+def masked_fraction(weights: list[SteeredWeight]) -> float:
+    """The fraction of all elements of ``weights`` that is masked now, judged by the sample of an ordinary shift."""
+    fractions, numels = [], []
+    for weight in weights:
+        parameter = full_tensor(stored_weight(weight.module, weight.slot).detach())
+        log_cut = F.logsigmoid(full_logit(weight.module, weight.slot).float()).reshape(-1)
+        sample, cut = _sample(parameter, log_cut, weight.slot.axis, SAMPLE)
+        if sample.numel():
+            fractions.append((sample.abs().log() <= cut).float().mean())
+            numels.append(parameter.numel())
+    if not fractions:
+        return 0.0
+    shares = torch.stack(fractions).double().cpu() * torch.tensor(numels, dtype=torch.float64)
+    return float(shares.sum()) / sum(numels)
 
 
 @torch.no_grad()
@@ -184,7 +202,7 @@ def _common_shift(
             layer_d = torch.where(bounded, edge[within.clamp(min=0)], layer_d)
             layer_d = torch.where(zeros >= cap, 0.0, layer_d)
             feasible = reached[-1] >= sparsity - TOLERANCE
-        at = torch.searchsorted(reached, torch.full((1,), sparsity, device=margin.device))[0].clamp(1, BINS)
+        at = torch.searchsorted(reached, torch.full_like(reached[:1], sparsity))[0].clamp(1, BINS)
         below, above = reached[at - 1], reached[at]
         part = ((sparsity - below) / (above - below).clamp(min=1e-12)).clamp(0, 1)
         low, high = edge[at - 1], edge[at]
@@ -197,9 +215,9 @@ def _cumulative(margin: Tensor, layer: Tensor, size: Tensor, low: Tensor, high: 
     position = torch.ceil((margin - low) / (high - low) * BINS).clamp(0, BINS + 1)
     position = torch.nan_to_num(position, nan=BINS + 1.0)
     index = layer * (BINS + 2) + position.long()
-    counts = torch.zeros(len(size) * (BINS + 2), device=margin.device)
-    counts.index_add_(0, index, torch.ones_like(margin))
-    return counts.view(len(size), -1).double().cumsum(1)[:, : BINS + 1].float() / size[:, None]
+    counts = torch.zeros(len(size) * (BINS + 2), dtype=torch.int64, device=margin.device)
+    counts.index_add_(0, index, torch.ones_like(index))
+    return counts.view(len(size), -1).cumsum(1)[:, : BINS + 1].float() / size[:, None]
 
 
 def _sample(parameter: Tensor, log_cut: Tensor, axis: int, limit: int) -> tuple[Tensor, Tensor]:

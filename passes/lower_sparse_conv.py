@@ -112,7 +112,7 @@ def _lower(gm: GraphModule, node: Node) -> None:
     if bias is None:
         stored = constant(weight)
         assert stored is not None
-        bias = new_constant(gm, f"{node.name}_bias", torch.zeros(stored.shape[0]), node)
+        bias = new_constant(gm, f"{node.name}_bias", stored.new_zeros(stored.shape[0], dtype=torch.float32), node)
     given: list[Any] = [source, weight, bias, residual]
     tensors = [None if tensor is None else widened(gm, tensor, end) for tensor in given]
     with gm.graph.inserting_before(end):

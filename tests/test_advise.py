@@ -78,6 +78,14 @@ def test_model_is_left_as_it_was() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_a_compiled_model_is_advised_under_its_own_names_and_left_as_it_was() -> None:
+    model = Net()
+    compiled = torch.compile(model, backend="eager")
+    advice = advise(compiled, torch.randn(2, 3, 8, 8), sparsities=(0.9,))
+    assert [layer.name for layer in advice.layers] == ["conv.weight", "transposed.weight", "fc.weight"]
+    assert compiled.training and all(module.training for module in model.modules())
+
+
 @pytest.mark.parametrize("sparsity", [1.0, -0.1])
 def test_sparsities_out_of_range_are_refused(sparsity: float) -> None:
     with pytest.raises(ValueError, match=r"sparsities must be in \[0, 1\)"):

@@ -54,6 +54,27 @@ def test_parts_of_one_model_have_annealers_of_their_own() -> None:
     assert history.total_sparsity(history.records[-1]) == pytest.approx(0.8, abs=TOLERANCE)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch, where compiled
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_the_loop_of_a_gan_may_step_one_part_between_the_passes_of_the_other(backend: str | None) -> None:
+    pair, optimizers, annealers = annealed_parts(20)
+    shape = nn.Linear(4, 16)  # from what the one gives to what the other takes
+    torch._dynamo.reset()
+    generator, critic = (torch.compile(p, backend=backend) if backend else p for p in pair.children())
+    x = torch.randn(8, 16)
+    for _ in range(20):
+        fake = shape(generator(x))
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        (critic(x) - critic(fake.detach())).square().mean().backward()
+        optimizers[1].step()
+        critic(fake).square().mean().backward()
+        optimizers[0].step()
+    assert [annealer.steps for annealer in annealers] == [20, 20]
+    assert alpha_of(pair) == 0.0
+    assert autosparse_fx.sparsity(pair) == pytest.approx(0.8, abs=TOLERANCE)
+
+
 def test_parts_are_resumed_one_by_one_with_the_history_of_both() -> None:
     pair, optimizers, annealers = annealed_parts(20)
     step_in_turn(pair, optimizers, 3)
@@ -244,3 +265,64 @@ def test_a_step_of_a_warm_up_with_rate_zero_counts(grads: bool) -> None:
     else:
         optimizer.step()
     assert annealer.steps == 1
+
+
+def test_an_annealer_leaves_the_masks_of_a_later_sparsify_alone() -> None:
+    model = sparse_mlp(target_sparsity=0.8)
+    optimizer = sgd(model)
+    first = GradientAnnealing(model, 20, optimizer)
+    for _ in range(10):
+        one_step(model, optimizer)
+    autosparse_fx.finalize(model, reach_target=True)
+    autosparse_fx.sparsify(model, AutoSparse(target_sparsity=None, alpha=0.0, threshold_init=-50.0))
+    before = autosparse_fx.thresholds(model)
+    for _ in range(5):
+        one_step(model, optimizer)
+    assert alpha_of(model) == 0.0 and first.steps == 10
+    assert autosparse_fx.sparsity(model) == pytest.approx(0.8, abs=TOLERANCE)
+    for name, logit in autosparse_fx.thresholds(model).items():
+        torch.testing.assert_close(logit, before[name])
+
+
+def test_two_trainings_with_one_optimizer_are_steered_by_the_second_only() -> None:
+    model = sparse_mlp(target_sparsity=0.8)
+    optimizer = sgd(model)
+    first = GradientAnnealing(model, 40, optimizer)
+    one_step(model, optimizer)
+    autosparse_fx.finalize(model, reach_target=True)
+    autosparse_fx.sparsify(model, AutoSparse(target_sparsity=0.9))
+    optimizer.add_param_group({"params": [p for n, p in model.named_parameters() if n.endswith("_threshold")]})
+    second = GradientAnnealing(model, 20, optimizer)
+    for _ in range(20):
+        one_step(model, optimizer)
+    assert (first.steps, second.steps) == (1, 20)
+    assert autosparse_fx.sparsity(model) == pytest.approx(0.9, abs=TOLERANCE)
+
+
+class Sam(Optimizer):
+    """An optimizer that steps another one, and is never stepped itself."""
+
+    def __init__(self, parameters: Any) -> None:
+        self.inner = torch.optim.SGD(parameters, lr=0.05)
+        super().__init__(self.inner.param_groups, {})
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_training_by_an_optimizer_that_is_not_heard_is_a_warning(own: bool) -> None:
+    model, other = sparse_mlp(), sparse_mlp()
+    sam = Sam(list(model.parameters()))
+    annealer = GradientAnnealing(model, 100, sam if own else None)
+    apart = sgd(other)
+    heard = GradientAnnealing(other, 100, apart)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(30):  # of other weights
+            one_step(other, apart)
+        for _ in range(19):
+            one_step(model, sam.inner)
+    with pytest.warns(UserWarning, match=r"20 steps of SGD have trained masked weights \('0\.weight', 3 in all\)"):
+        one_step(model, sam.inner)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one_step(model, sam.inner)  # once
+    assert (annealer.steps, heard.steps) == (0, 30)

@@ -411,3 +411,51 @@ def test_weights_found_by_their_use_that_are_untied_stay_masked_but_for_an_embed
         assert set(thresholds(model)) == {"1.w", "2.w", "3.w"}
         with dense_weights(model):
             pass
+
+
+def test_layer_of_another_kind_in_the_same_place_is_masked_along_its_own_channels() -> None:
+    model = sparsify(nn.Sequential(nn.ConvTranspose2d(4, 6, 3)), AutoSparse(granularity="channel", threshold_init=-2.5))
+    assert model[0].weight_threshold.shape == (6,)
+    with dense_weights(model):
+        model[0] = nn.Conv2d(4, 6, 3)  # axis 0 where the other had 1
+    assert model[0].weight_threshold.shape == (6,)
+    assert_masked(model)
+    assert model[0]._autosparse_slots[0].axis == 0
+
+
+class Mixer(nn.Module):
+    """Multiplies by a weight of its own, and by one that a linear layer holds too."""
+
+    def __init__(self, tied: nn.Parameter) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(6, 6)), tied
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.a @ self.b
+
+
+def test_other_weights_of_a_module_stay_masked_when_one_is_untied() -> None:
+    linear = nn.Linear(6, 6)
+    model = sparsify(nn.Sequential(linear, Mixer(linear.weight)), CONFIG, example_inputs=torch.randn(2, 6))
+    with dense_weights(model):
+        model[1].b = nn.Parameter(model[1].b.detach().clone())
+    assert "1.a" in masked_names(model) and "0.weight" in masked_names(model)
+    assert_masked(model)
+    model(torch.randn(2, 6)).sum().backward()
+    finalize_quietly(model)
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def test_classes_that_were_derived_since_stay_where_nothing_changes() -> None:
+    model = sparsify(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4)), CONFIG)
+    nn.utils.parametrize.register_parametrization(model[0], "bias", Doubled())
+    x = torch.randn(3, 6)
+    expected, derived = model(x), type(model[0])
+    with dense_weights(model):
+        pass
+    assert type(model[0]) is derived
+    assert torch.equal(model(x), expected)

@@ -222,6 +222,33 @@ def test_part_of_a_model_can_be_finalized() -> None:
     assert torch.equal(model(x), expected)
 
 
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.head.weight = self.body.weight
+
+
+def test_part_whose_weight_is_tied_outside_of_it_is_refused_and_unchanged() -> None:
+    model, x = sparsify(Tied(), AutoSparse(target_sparsity=None, threshold_init=-2.5)), torch.randn(3, 6)
+    before, whole = copy.deepcopy(model.state_dict()), copy.deepcopy(model)
+    with pytest.raises(ValueError, match=r"'body\.weight' \[6, 6\] is tied to one of a Linear outside"):
+        finalize(model.head)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    copied = copy.deepcopy(model.head)  # tied to nothing
+    expected = copied(x)
+    assert torch.equal(finalize(copied)(x), expected)
+    expected = whole.head(x)
+    assert torch.equal(finalize(whole).head(x), expected)
+
+
+def test_layers_that_were_never_masked_are_a_warning() -> None:
+    model = sparsify(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4)), AutoSparse(target_sparsity=None))
+    model[1] = nn.Linear(6, 3)
+    with pytest.warns(UserWarning, match=r"1\.weight came into the model after sparsify, and is not masked"):
+        finalize(model)
+
+
 def test_lstm_is_flattened_and_follows_its_parameters_again() -> None:
     _, model, x = masked_model("lstm")
     finalize(model)

@@ -5,7 +5,7 @@ import io
 import pickle
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import reference
@@ -163,3 +163,44 @@ def test_vmap_over_an_ensemble_masks_each_member_by_its_own_thresholds() -> None
     x = torch.randn(4, 16)
     found = torch.func.vmap(lambda p, b: functional_call(members[0], (p, b), (x,)))(*state)
     torch.testing.assert_close(found, torch.stack([m(x) for m in members]))
+
+
+def test_class_of_a_masked_layer_makes_plain_layers() -> None:
+    model = sparsify(nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4)))
+    made = type(model[0])(3, 5, bias=False)
+    assert type(made) is nn.Linear and made.weight.shape == (5, 3) and made.bias is None
+    assert type(type(model[1])(4, 8)) is nn.LSTM
+
+
+class Registered(nn.Linear):
+    """Keeps the classes that derive from it, by a key that they must give."""
+
+    known: ClassVar[dict[str, type]] = {}
+
+    def __init_subclass__(cls, *, key: str, **kwargs: Any) -> None:
+        Registered.known[key] = cls
+
+
+def test_base_that_registers_its_subclasses_does_not_see_ours() -> None:
+    model = sparsify(nn.Sequential(Registered(4, 4)))
+    assert isinstance(model[0], Registered) and not Registered.known
+    assert (model[0](torch.randn(2, 4)).shape) == (2, 4)
+
+
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.w)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_graph_module_that_holds_a_masked_weight_itself_is_not_copied_without_its_threshold(copied: Any) -> None:
+    x = torch.randn(2, 4)
+    model = sparsify(torch.fx.symbolic_trace(Functional()), example_inputs=x)
+    with pytest.raises(RuntimeError, match=r"'w' \[4, 4\] .* copy it before sparsify or after finalize"):
+        copied(model)
+    finalize_quietly(model)
+    assert torch.equal(copy.deepcopy(model)(x), model(x))

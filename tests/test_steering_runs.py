@@ -165,3 +165,50 @@ def test_digits_train_to_ninety_percent_zeros_without_loss_worth_naming() -> Non
     zeros = sum(int((m.weight == 0).sum()) for m in (finalized.conv1, finalized.conv2, finalized.fc))
     numel = sum(m.weight.numel() for m in (finalized.conv1, finalized.conv2, finalized.fc))
     assert zeros / numel == pytest.approx(0.9, abs=0.5 * POINT)
+
+
+def sparse_for_longer() -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = reference.mlp()
+    train(model, AutoSparse(target_sparsity=0.9), lambda p: sgd(p, lr=0.05), steps=60)
+    return model, sgd(model.parameters(), lr=0.05)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_second_training_of_a_sparse_model_goes_on_from_its_sparsity(resumed: bool) -> None:
+    model, optimizer = sparse_for_longer()
+    annealer = GradientAnnealing(model, 60, optimizer)
+    lowest = 1.0
+    for step, (x, y) in enumerate(reference.classification_batches(60)):
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        lowest = min(lowest, autosparse_fx.sparsity(model))
+        if resumed and step == 30:
+            state = annealer.state_dict()
+            annealer = GradientAnnealing(model, 60, optimizer)
+            annealer.load_state_dict(state)
+    assert lowest > 0.85
+    assert annealer.scheduled_sparsity == pytest.approx(0.9)
+    assert_target(model, 0.9)
+
+
+def test_a_state_of_before_floors_resumes_on_the_ramp() -> None:
+    model = autosparse_fx.sparsify(reference.mlp(), AutoSparse(target_sparsity=0.9))
+    annealer = GradientAnnealing(model, 100)
+    state = annealer.state_dict()
+    assert state.pop("floors") is None
+    annealer.load_state_dict({**state, "steps": 10})
+    assert annealer.scheduled_sparsity == pytest.approx(0.9 * (1 - (1 - 0.1 / annealer._config.ramp_end) ** 3))
+
+
+def test_steering_does_not_depend_on_the_default_dtype() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        model = reference.ConvNet(4)
+        train(model, AutoSparse(target_sparsity=0.8), lambda p: sgd(p, lr=0.05), steps=20, shape=(1, 8, 8))
+        assert_target(model, 0.8)
+        assert {logit.dtype for logit in autosparse_fx.thresholds(model).values()} == {torch.float32}
+        autosparse_fx.finalize(model, reach_target=True)
+        assert autosparse_fx.sparsity(model) == pytest.approx(0.8, abs=POINT / 2)
+    finally:
+        torch.set_default_dtype(torch.float32)

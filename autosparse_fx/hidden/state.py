@@ -42,6 +42,7 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
             "config": mask.request.config.to_dict(),
             "rule": mask.weight.config.to_dict(),
             "total_steps": mask.request.total_steps,
+            "floors": mask.plan.floors,
             "history": mask.plan.history.column(mask.weight.name),
         }
         for name, _, mask in masks.hidden_masks(model)
@@ -88,7 +89,12 @@ def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
                 )
         plan = next((plan for known, plan in plans if known == request), None)
         if plan is None:
-            plan = Plan(request.config, annealed_steps=entry["steps"], total_steps=request.total_steps)
+            plan = Plan(
+                request.config,
+                annealed_steps=entry["steps"],
+                floors=entry.get("floors", []),
+                total_steps=request.total_steps,
+            )
             plans.append((request, plan))
         if "history" in entry:
             plan.history.put_column(entry["name"], parameter.numel(), entry["history"])

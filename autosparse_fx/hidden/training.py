@@ -160,7 +160,8 @@ def _annealers(held: list[_Held]) -> list[tuple[GradientAnnealing, list[_Held]]]
         if steps == 0:  # weights that join a training: another optimizer's first step of it is one of the same round
             steps = max(mask.plan.annealed_steps for _, mask in group)
             steps = steps if steps > 1 else 0
-        annealer.load_state_dict({"steps": steps, "total_steps": request.total_steps})
+        floors = group[0][1].plan.floors
+        annealer.load_state_dict({"steps": steps, "total_steps": request.total_steps, "floors": floors})
         made.append((annealer, group))
     return made
 

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from autosparse_fx.annealing import GradientAnnealing
 from autosparse_fx.attach import masked_modules
 from autosparse_fx.config import AutoSparse
-from autosparse_fx.masked import stored_weight
+from autosparse_fx.masked_state import stored_weight
 from autosparse_fx.report import group_sparsities, sparsity
 from autosparse_fx.sparsify import finalize, sparsify
 from autosparse_fx.steering import TOLERANCE

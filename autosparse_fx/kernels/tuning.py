@@ -94,7 +94,8 @@ class _Clock:
     def _tensors(task: Task, kind: str) -> list[Tensor]:
         buffers = sorted((b for b in task.buffers if b.kind == kind), key=lambda b: b.index)
         columns = [[] if task.is_tokens else [b.columns] for b in buffers]
-        return [torch.randn(task.batch, b.channels, *size) for b, size in zip(buffers, columns, strict=True)]
+        shapes = [(task.batch, b.channels, *size) for b, size in zip(buffers, columns, strict=True)]
+        return [torch.randn(shape, dtype=torch.float32) for shape in shapes]
 
     def seconds(self, program: Program) -> Tensor:
         """What each step takes, float64 ``[steps]``: the medians of several runs."""
