@@ -198,10 +198,11 @@ def finalize(model: ModuleT, *, reach_target: bool = False) -> ModuleT:
 def dense_weights(model: ModuleT) -> Iterator[ModuleT]:
     """Within this context every masked name of ``model`` reads as the stored parameter, and can be written.
 
-    For everything that initialises, ties, resizes or fuses weights: ``torch.nn.init``, ``reset_parameters()``,
-    ``.data``, ``fuse_conv_bn_eval``, Hugging Face's ``tie_weights`` and ``resize_token_embeddings``. On leaving,
-    weights that were tied share one threshold, those that were untied have their own, per-channel thresholds follow a
-    changed number of channels, and a module that replaced a masked one at the same name is masked in its place.
+    For everything that initialises, ties or resizes weights: ``torch.nn.init``, ``reset_parameters()``, ``.data``,
+    Hugging Face's ``tie_weights`` and ``resize_token_embeddings``. (Not for fusing batch norms, which scales weights
+    and not their cuts: finalize first.) On leaving, weights that were tied share one threshold, those that were untied
+    have their own, per-channel thresholds follow a changed number of channels, and a module that replaced a masked one
+    at the same name is masked in its place.
 
     A model that is not sparse passes through unchanged.
     """
