@@ -89,29 +89,34 @@ inline Pick::Pick(const int64_t* positions) : wanted_(0), from_second_(0), low_{
 }
 
 inline Pick::Pick(const Run& run)
-    : kind_(SCATTERED), wanted_(__mmask16((1u << run.stop) - (1u << run.first))), from_second_(0), low_{0, 0}, high_{0, 0},
-      from_{PADDING, PADDING}, lanes_{_mm512_setzero_si512(), _mm512_setzero_si512()} {
+    : kind_(SIDE_BY_SIDE), wanted_(__mmask16((1u << run.stop) - (1u << run.first))), from_{run.position - run.first, PADDING} {
+  if (run.first == run.stop) {
+    from_[0] = PADDING;
+    return;
+  }
+  if (run.step == 1) return;
+  const int64_t reach = (run.stop - run.first - 1) * run.step;
+  if (reach >= 2 * VL && run.step <= 4) {
+    *this = Pick(Positions(run).of);  // two windows
+    return;
+  }
+  from_[0] = run.position;
   const __m512i numbers = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m512i behind = _mm512_mullo_epi32(_mm512_sub_epi32(numbers, _mm512_set1_epi32(int(run.first))),
                                             _mm512_set1_epi32(int(run.step)));
-  positions_ = _mm512_maskz_add_epi32(wanted_, behind, _mm512_set1_epi32(int(run.position)));
-  if (run.first == run.stop) {
-    kind_ = SIDE_BY_SIDE;
-  } else if (run.step == 1) {
-    kind_ = SIDE_BY_SIDE;
-    from_[0] = run.position - run.first;
-  } else if ((run.stop - run.first - 1) * run.step < 2 * VL) {
-    kind_ = ONE_WINDOW;
-    from_[0] = run.position;
-    lanes_[0] = _mm512_maskz_mov_epi32(wanted_, behind);
-    for (int64_t at = 0; at <= (run.stop - run.first - 1) * run.step; at += run.step) {
-      (at < VL ? low_ : high_)[0] |= __mmask16(1u << at % VL);
-    }
-  } else if (run.step <= 4) {
-    *this = Pick(Positions(run).of);  // two windows
-  } else {
-    from_[0] = run.position;
+  if (reach >= 2 * VL) {
+    kind_ = SCATTERED;
+    positions_ = _mm512_maskz_add_epi32(wanted_, behind, _mm512_set1_epi32(int(run.position)));
+    return;
   }
+  kind_ = ONE_WINDOW;
+  lanes_[0] = _mm512_maskz_mov_epi32(wanted_, behind);
+  // The floats of the window that are `step` apart, from the first to the one `reach` away.
+  uint64_t every = 1;
+  for (int64_t apart = run.step; apart < 2 * VL; apart *= 2) every |= every << apart;
+  every &= (uint64_t(2) << reach) - 1;
+  low_[0] = __mmask16(every);
+  high_[0] = __mmask16(every >> VL);
 }
 
 inline Vec Pick::of(const float* row) const {

@@ -19,6 +19,7 @@
 #endif
 
 #include "columns.h"
+#include "depthwise.h"
 #include "program.h"
 #include "rows.h"
 #include "shares.h"
@@ -45,6 +46,7 @@ struct TileMemory {  // what a thread needs for a tile of a step, in floats, one
 };
 
 void run_tile(const Step& s, const char* data, const Place& x, const Place& y, const Place& residual, Tile t) {
+  if (s.mode == DEPTHWISE && slide(s, data, x, t, y, residual)) return;
   const TileMemory parts(s);
   float* packed = reinterpret_cast<float*>(tile_memory.get(parts.all * sizeof(float)));
   float* partial = packed + parts.partial;

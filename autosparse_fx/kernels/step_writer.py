@@ -109,7 +109,14 @@ class StepWriter:
             return "plain"
         if self.step.groups > 1:
             return "depthwise" if self.group_channels == 1 else "grid"
-        return "gathered" if self.rows >= GATHER_ROWS or self.kernel == (1, 1) else "grid"
+        if self.rows >= GATHER_ROWS or self.kernel == (1, 1):
+            return "gathered"
+        widest = self.machine.most_vectors * self.machine.vector_length
+        is_wide = (
+            grid(window, self.kernel, widest, self.machine.vector_length).floats
+            >= gathered(window, self.kernel, widest).floats
+        )
+        return "gathered" if is_wide else "grid"  # in a grid are parts of rows of the image that no tap of a tile reads
 
     def _default_block_channels(self) -> int:
         if self.is_coded:
