@@ -20,6 +20,9 @@ struct Positions {  // of the lanes
     std::fill(of, of + VL, PADDING);
     for (int64_t i = run.first; i < run.stop; ++i) of[i] = run.position + (i - run.first) * run.step;
   }
+  Positions(int64_t lane0, uint32_t wanted) {
+    for (int i = 0; i < VL; ++i) of[i] = wanted >> i & 1 ? lane0 + i : PADDING;
+  }
 };
 
 // One vector of columns: which floats of a row of the source its lanes are, for any number of rows. Nothing else is read.
@@ -27,6 +30,7 @@ class Pick {
  public:
   explicit Pick(const int64_t* positions);  // [VL]
   explicit Pick(const Run& run);
+  Pick(int64_t lane0, uint32_t wanted);  // the lanes whose bits are set, side by side: lane 0 is at `lane0`
   Vec of(const float* row) const;
   int64_t first() const;  // about where it reads; PADDING where it reads nothing
   bool is_shift() const;  // whether `shifted` is the same as `of`
@@ -119,6 +123,9 @@ inline Pick::Pick(const Run& run)
   high_[0] = __mmask16(every >> VL);
 }
 
+inline Pick::Pick(int64_t lane0, uint32_t wanted)
+    : kind_(SIDE_BY_SIDE), wanted_(__mmask16(wanted)), from_{wanted == 0 ? PADDING : lane0, PADDING} {}
+
 inline Vec Pick::of(const float* row) const {
   switch (kind_) {
     case SIDE_BY_SIDE: return shifted(row);
@@ -191,6 +198,7 @@ inline Vec Pick::scattered(const float* row) const {
 #endif
 
 inline Pick::Pick(const Run& run) : Pick(Positions(run).of) {}
+inline Pick::Pick(int64_t lane0, uint32_t wanted) : Pick(Positions(lane0, wanted).of) {}
 inline bool Pick::is_shift() const { return is_shift_; }
 inline Vec Pick::of(const float* row) const { return is_shift_ ? shifted(row) : scattered(row); }
 
@@ -206,48 +214,73 @@ inline void Pick::copy(const float* source, int64_t source_stride, int64_t rows,
 // Vectors of a packed row.
 inline int64_t picked_vectors(const Step& s, Tile t) { return (t.columns + s.more_columns + VL - 1) / VL; }
 
+// Columns of a tile that make up a vector: of which images, and the pixels that the first tap but for the padding reads.
+struct Lanes {
+  int64_t image[VL];
+  int32_t y[VL], x[VL];
+  Lanes(const Step& s, int64_t start, int64_t count) {
+    int64_t number = s.joint ? start / s.columns : 0, p = start - number * s.columns;
+    int32_t row = int32_t(p / s.out_width), column0 = int32_t(p % s.out_width);
+    for (int64_t i = 0; i < count; ++i, ++p, ++column0) {
+      if (column0 == s.out_width) column0 = 0, ++row;
+      if (s.joint && p == s.columns) p = 0, row = 0, ++number;
+      image[i] = number;
+      y[i] = row * int32_t(s.stride_y);
+      x[i] = column0 * int32_t(s.stride_x);
+    }
+  }
+};
+
 // The picks of a tile: [packed rows][vectors].
 void find_picks(const Step& s, const char* data, const Place& x, Tile t, Pick* picks) {
   const int64_t* away = reinterpret_cast<const int64_t*>(data + s.picks);
   const int64_t stop = t.column0 + t.columns + s.more_columns, vectors = picked_vectors(s, t);
   const int64_t pixels = s.in_height * s.in_width;
   const bool is_beside = x.image_stride == pixels;  // one image of the source beside the other, in the same tiles
+  // Whether a tap's columns are those of the tile, so many columns further on, but for the padding.
+  const bool shifts = s.stride_x == 1 && s.stride_y == 1 && s.in_width == s.out_width &&
+      (!s.joint || (is_beside && pixels == s.columns));
   for (int64_t start = t.column0; start < stop; start += VL, ++picks) {
     const int64_t columns = std::min<int64_t>(VL, stop - start);
-    int64_t image[VL], before[VL], y[VL], x0[VL], known = 0;
-    auto know = [&](int64_t lanes) {  // of so many lanes where the first tap but for the padding reads
-      for (; known < lanes; ++known) {
-        const int64_t number = s.joint ? (start + known) / s.columns : 0, p = start + known - number * s.columns;
-        image[known] = is_beside ? 0 : number * x.image_stride;
-        before[known] = is_beside ? number * pixels : 0;
-        y[known] = s.stride_y * (p / s.out_width);
-        x0[known] = s.stride_x * (p % s.out_width);
-      }
-    };
-    know(1);
-    const bool is_one_row = x0[0] / s.stride_x + columns <= s.out_width;
+    const Lanes lanes(s, start, columns);
+    const bool is_one_row = lanes.x[0] / s.stride_x + columns <= s.out_width;
     for (int64_t k = 0; k < s.pick_count; ++k) {
       Pick* pick = picks + k * vectors;
+      const int32_t away_y = int32_t(away[2 * k]), away_x = int32_t(away[2 * k + 1]);
       if (is_one_row) {
-        const int64_t row = y[0] + away[2 * k], column = x0[0] + away[2 * k + 1];
+        const int64_t row = lanes.y[0] + away_y, column = lanes.x[0] + away_x;
         const bool is_outside = row < 0 || row >= s.in_height;
         auto lanes_before = [&](int64_t end) { return end <= column ? 0 : (end - column - 1) / s.stride_x + 1; };
         const int64_t last = is_outside ? 0 : std::min(columns, lanes_before(s.in_width));
         const int64_t first = std::min(last, lanes_before(0));
-        const int64_t pixel = before[0] + row * s.in_width + column + first * s.stride_x;
+        const int64_t pixel = (is_beside ? lanes.image[0] * pixels : 0) + row * s.in_width + column + first * s.stride_x;
         if (first == last || x.in_a_row(pixel) > (last - first - 1) * s.stride_x) {
-          const int64_t position = first == last ? PADDING : image[0] + x.at(pixel);
+          const int64_t image = is_beside ? 0 : lanes.image[0] * x.image_stride;
+          const int64_t position = first == last ? PADDING : image + x.at(pixel);
           new (pick) Pick(Run{position, s.stride_x * x.column_stride, first, last});
           continue;
         }
+      } else if (shifts && x.column_stride == 1) {
+        uint32_t wanted = 0;
+        for (int i = 0; i < columns; ++i) {
+          const bool is_inside = uint32_t(lanes.y[i] + away_y) < uint32_t(s.in_height) &&
+              uint32_t(lanes.x[i] + away_x) < uint32_t(s.in_width);
+          wanted |= uint32_t(is_inside) << i;
+        }
+        const int first = wanted == 0 ? 0 : __builtin_ctz(wanted), last = wanted == 0 ? 0 : 31 - __builtin_clz(wanted);
+        const int64_t pixel = start + away_y * s.in_width + away_x + first;
+        if (wanted == 0 || x.in_a_row(pixel) > last - first) {
+          new (pick) Pick(wanted == 0 ? PADDING : x.at(pixel) - first, wanted);
+          continue;
+        }
       }
-      know(columns);
       int64_t positions[VL];
       std::fill(positions, positions + VL, PADDING);
       for (int64_t i = 0; i < columns; ++i) {
-        const int64_t row = y[i] + away[2 * k], column = x0[i] + away[2 * k + 1];
+        const int64_t row = lanes.y[i] + away_y, column = lanes.x[i] + away_x;
         const bool is_inside = row >= 0 && row < s.in_height && column >= 0 && column < s.in_width;
-        positions[i] = is_inside ? image[i] + x.at(before[i] + row * s.in_width + column) : PADDING;
+        const int64_t pixel = (is_beside ? lanes.image[i] * pixels : 0) + row * s.in_width + column;
+        if (is_inside) positions[i] = (is_beside ? 0 : lanes.image[i] * x.image_stride) + x.at(pixel);
       }
       new (pick) Pick(positions);
     }

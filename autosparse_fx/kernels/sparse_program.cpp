@@ -19,10 +19,10 @@
 #endif
 
 #include "columns.h"
-#include "depthwise.h"
 #include "program.h"
 #include "rows.h"
 #include "shares.h"
+#include "strided.h"
 #include "threads.h"
 
 // Whether programs may hold machine code of machine_code.py.
@@ -46,7 +46,7 @@ struct TileMemory {  // what a thread needs for a tile of a step, in floats, one
 };
 
 void run_tile(const Step& s, const char* data, const Place& x, const Place& y, const Place& residual, Tile t) {
-  if (s.mode == DEPTHWISE && slide(s, data, x, t, y, residual)) return;
+  if (s.mode == DEPTHWISE && run_strided(s, data, x, t, y, residual)) return;
   const TileMemory parts(s);
   float* packed = reinterpret_cast<float*>(tile_memory.get(parts.all * sizeof(float)));
   float* partial = packed + parts.partial;
