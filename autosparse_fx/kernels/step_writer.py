@@ -34,10 +34,14 @@ class Blob:
         return at
 
 
-def _tile_vectors(columns: int, machine: Machine, most: int) -> int:
-    """As few tiles as there can be, all of about the same width."""
+def _tile_vectors(columns: int, machine: Machine, most: int, out_width: int = 0) -> int:
+    """As few tiles as there can be, all of about the same width; or of whole rows of an image, which windows like."""
     vectors = -(-columns // machine.vector_length)
     tiles = -(-vectors // most)
+    if out_width and tiles > 1:
+        for whole in range(most, most * 3 // 4, -1):
+            if whole * machine.vector_length % out_width == 0:
+                return whole
     return -(-vectors // tiles)
 
 
@@ -69,7 +73,8 @@ class StepWriter:
         self.is_coded = machine.runs_code and by_code and self.mode != "depthwise"
         widest = CODE_TILE if self.is_coded and not tokens else machine.most_vectors
         most = min(widest, layout.most_vectors or (machine.most_vectors if is_narrow else widest))
-        self.vectors = step.vectors or _tile_vectors(columns, machine, most)
+        rows = out_width if most == machine.most_vectors and not tokens and not images else 0
+        self.vectors = step.vectors or _tile_vectors(columns, machine, most, rows)
         width = self.width = self.vectors * machine.vector_length
         if self.mode == "grid":
             self.packing = grid(self.window, self.kernel, width, machine.vector_length)
