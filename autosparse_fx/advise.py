@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autosparse_fx._compat import eager
+from autosparse_fx._compat import cpu, eager
 from autosparse_fx.kernels.layers import Layer, layers
 from autosparse_fx.kernels.library import library
 from autosparse_fx.kernels.program import Buffer, Step, Window, assemble
@@ -143,9 +143,8 @@ def _time_dense(layer: Layer) -> float:
     window = layer.window
     x = torch.randn(layer.units, layer.shape[1] * layer.groups, *window.in_size, dtype=layer.dtype)
     x = x.contiguous(memory_format=torch.channels_last)
-    weight = weight.contiguous(memory_format=torch.channels_last)
     return _milliseconds(
-        lambda: F.conv2d(x, weight, bias, window.stride, window.padding, window.dilation, layer.groups)
+        cpu.constant_convolution(x, weight, bias, window.stride, window.padding, window.dilation, layer.groups)
     )
 
 
@@ -160,7 +159,8 @@ def _time_sparse(layer: Layer, sparsity: float) -> float:
     step = Step(0, 1, kernel, weight.new_zeros(rows), window, layer.groups)
     buffers = [Buffer("input", channels, pixels), Buffer("output", rows, layer.columns)]
     kernels = library()
-    program = assemble([step], buffers, kernels.machine, is_tokens=is_tokens).data
+    images = 1 if is_tokens else layer.units // torch.get_num_threads()
+    program = assemble([step], buffers, kernels.machine, is_tokens=is_tokens, images=images).data
     shapes = (
         ((layer.columns, channels), (layer.columns, rows))
         if is_tokens

@@ -67,8 +67,9 @@ class GradientAnnealing:
 
     Warns:
         UserWarning: if a layer joined the model after ``sparsify``, and so is dense; if an annealer of more of the
-            model is stopped for this one; and at the second step, if masked weights or thresholds are in none of the
-            optimizers that have stepped by then.
+            model is stopped for this one; at the second step, if masked weights or thresholds are in none of the
+            optimizers that have stepped by then; and if another optimizer trains masked weights for 20 steps without
+            one that counts.
     """
 
     def __init__(
@@ -119,6 +120,8 @@ class GradientAnnealing:
                 if module._autosparse.weights[slot.name].provisional:
                     reset_mask(module, slot)
                     module._autosparse.weights[slot.name].provisional = False  # from here on they are trained
+        for plan in self._plans:
+            plan.was_trained = plan.was_trained or plan.annealed_steps > 0
         beside = self._replace_earlier()
         self.continue_history(beside[0].history if beside else History())
         self._attach()
@@ -132,6 +135,8 @@ class GradientAnnealing:
         for earlier in list(_annealers):
             theirs = earlier._masked()
             left = [name for name, module in theirs if id(module) not in own]
+            if not theirs and any(id(module) in own for _, module in earlier._modules):
+                earlier.detach()  # of masks that these modules had before
             if len(left) == len(theirs):
                 if earlier.steps == 0 and any(plan in self._plans for plan in earlier._plans):
                     beside.append(earlier)
@@ -149,10 +154,9 @@ class GradientAnnealing:
         return beside
 
     def _attach(self) -> None:
-        optimizer_steps.start()
-        optimizer_steps.listeners.add(self)
-        self._optimizer_steps_before = optimizer_steps.count
         self._unheard: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+        optimizer_steps.start(self)
+        self._optimizer_steps_before = optimizer_steps.count
         if self._optimizer is not None:
             self._handle = self._optimizer.register_step_post_hook(self._after_optimizer_step)
 
@@ -217,7 +221,7 @@ class GradientAnnealing:
 
     def detach(self) -> None:
         """Stop counting the optimizer's steps. A new annealer for the same model does this to the one before it."""
-        optimizer_steps.listeners.discard(self)
+        optimizer_steps.leave(self)
         if self._handle is not None:
             self._handle.remove()
             self._optimizer = self._handle = None
@@ -305,7 +309,8 @@ class GradientAnnealing:
     def _advance(self) -> None:
         self._unheard.clear()
         if not self._masked():
-            return  # finalized; masks that its modules got since are those of another training
+            self._warn_of_other_masks()
+            return
         if self._count >= self.total_steps:
             if not self._warned_of_end:
                 self._warned_of_end = True
@@ -316,12 +321,14 @@ class GradientAnnealing:
                 )
             return
         self._count += 1
+        if self._controller.floors is None:
+            self._controller.begin(module for _, module in self._masked())
         if self._unchecked_steps > 0:
             self._unchecked_steps -= 1
             if self._unchecked_steps == 0:  # by now every optimizer of the loop has stepped
                 warn_of_untrained_parameters(self._model, optimizer_steps.stepped_since(self._optimizer_steps_before))
         for plan in self._plans:
-            plan.annealed_steps = self._count
+            plan.annealed_steps, plan.floors = self._count, self._controller.floors
         self._write_alpha()
         interval = max(self._interval, self.total_steps // 100) if self._settling() else self._interval
         final = self._count == self.total_steps
@@ -329,10 +336,10 @@ class GradientAnnealing:
         recording = final or self._count == 1 or self._count % -(-self.total_steps // RECORDS) == 0
         if steering or recording:
             self._modules = masked_modules(self._model)  # dense_weights and finalize may have changed which there are
+            self._modules = self._masked()
         if steering:
-            self._controller.shift(
-                (m for _, m in self._modules), self._count / self.total_steps, exact=self._settling()
-            )
+            modules = [module for _, module in self._modules]
+            self._controller.shift(modules, self._count / self.total_steps, exact=self._settling())
         if recording and self._modules:
             self._record()
 
@@ -358,9 +365,21 @@ class GradientAnnealing:
             alpha.data.fill_(self.alpha)  # no write that autograd sees: a graph of another part may still need alpha
 
     def _masked(self) -> list[tuple[str, MaskedModule]]:
-        """Its modules but for those that were finalized; none where all were, masked again since or not."""
-        found = [(name, module) for name, module in self._modules if isinstance(module, MaskedModule)]
-        return found if any(m._autosparse.plan.lineage in self._lineages for _, m in found) else []
+        """Its modules but for those that were finalized, whether or not another ``sparsify`` has masked them since."""
+        return [
+            (name, module)
+            for name, module in self._modules
+            if isinstance(module, MaskedModule) and module._autosparse.plan.lineage in self._lineages
+        ]
+
+    def _warn_of_other_masks(self) -> None:
+        if not self._warned_of_end and any(isinstance(module, MaskedModule) for _, module in self._modules):
+            self._warned_of_end = True
+            warnings.warn(
+                "the model was finalized and made sparse anew since this annealer was made, which leaves the new masks "
+                "alone: make a new GradientAnnealing for them",
+                stacklevel=4,
+            )
 
     def _weight_versions(self) -> tuple[int, int]:
         """What changes when a weight is written to; fused optimizers do so without counting it as a write."""

@@ -4,6 +4,7 @@ from torch import nn
 
 from autosparse_fx.masked import MaskedModule
 from autosparse_fx.masked_state import mask_state
+from autosparse_fx.ownership import was_masked
 from autosparse_fx.plan import Plan, Slot
 from autosparse_fx.selection import Candidate, collect
 
@@ -61,6 +62,7 @@ def late_weights(model: nn.Module, plans: list[tuple[Plan, str, str]]) -> list[s
         for candidate in collect(model)
         if candidate.axis is not None
         and not is_masked(candidate)
+        and not was_masked(candidate.parameter)
         and any(_came_late(candidate, plan, then, now) for plan, then, now in plans)
     ]
 

@@ -19,13 +19,13 @@ from autosparse_fx.steering import (
 
 
 class Controller:
-    """Holds the sparsity of masked modules on its schedule, which never falls below where steering began.
+    """Holds the sparsity of masked modules on its schedule, which never falls below where a trained model began.
 
-    So a model that is sparse already (a second training, a checkpoint that was loaded without the annealer's state)
-    goes on from there, instead of being pruned once more from the start.
+    So one that is sparse already (a second training, a checkpoint that was loaded without the annealer's state) goes on
+    from there, instead of being pruned once more from the start.
 
     Attributes:
-        floors: pairs of a target and the sparsity that the first shift found; None before it.
+        floors: pairs of a target and the sparsity that the training began with; None before its first step.
     """
 
     def __init__(self, config: AutoSparse) -> None:
@@ -41,6 +41,11 @@ class Controller:
         self.floors = floors
         self._checks = []
 
+    def begin(self, modules: Iterable[MaskedModule]) -> None:
+        """Have the schedule start no lower than where the modules are now, if they were trained before."""
+        trained = [m for m in modules if m._autosparse.plan.was_trained]
+        self.floors = _masked_now(steered_groups(trained))
+
     def scheduled(self, target: float, progress: float) -> float:
         """The sparsity to hold after the fraction ``progress`` of the training."""
         floors = [min(target, floor) for theirs, floor in self.floors or [] if theirs == target]
@@ -55,8 +60,6 @@ class Controller:
         for check in self._take_checks(on_device=True):
             check.raise_if_failed()
         groups = steered_groups(modules)
-        if self.floors is None:
-            self.floors = _masked_now(groups)
         exact = exact or progress == 1
         for (target, _), weights in groups.items():
             sparsity = self.scheduled(target, progress)

@@ -36,7 +36,8 @@ class MaskedModule(MaskedState):
     """Marker and shared behaviour of the classes that :func:`masked_class` makes; mixed in before the original."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        if "_autosparse_slots" in cls.__dict__:  # type(layer)(...), which is to make a layer of the same kind
+        # type(layer)(...), which is to make a layer of the same kind; copying ones call it with nothing.
+        if (args or kwargs) and "_autosparse_slots" in cls.__dict__:
             return cls._autosparse_base(*args, **kwargs)
         return super().__new__(cls)
 
@@ -67,7 +68,9 @@ class MaskedModule(MaskedState):
 
     def _assigns_dtensor(self, name: str, value: object) -> bool:
         """Refuse what no masked weight can become; what FSDP2 assigns goes the short way that it takes elsewhere."""
-        if name not in self._parameters or all(slot.name != name for slot in self._autosparse_slots):
+        if name not in self.__dict__.get("_parameters", ()) or all(
+            slot.name != name for slot in self._autosparse_slots
+        ):
             return False
         if dtensors.is_dtensor(value):
             self._parameters[name] = value  # type: ignore[assignment]

@@ -111,6 +111,7 @@ class MaskedState(nn.Module):
                 dense.append(slot)
             elif len(found) == 2:
                 self._autosparse.weights[slot.name].provisional = False  # what is loaded stays
+                self._autosparse.plan.was_trained = True
             elif len(found) == 1:
                 (lost,) = {slot.threshold, slot.offset} - set(found)
                 error_msgs.append(

@@ -1,5 +1,6 @@
 """What optimizers hold of a sparse model: groups for thresholds, and what none of them trains."""
 
+import threading
 import warnings
 import weakref
 from collections.abc import Iterable
@@ -30,11 +31,19 @@ class OptimizerSteps:
         self.count = 0
         self._last: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         self._handle: Any = None
-        self.listeners: weakref.WeakSet[Any] = weakref.WeakSet()  # whose ``saw_step(optimizer)`` is called
+        self._listeners: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._lock = threading.Lock()  # annealers come and go while other threads step
 
-    def start(self) -> None:
-        if self._handle is None:
-            self._handle = register_optimizer_step_post_hook(self._after_step)
+    def start(self, listener: Any) -> None:
+        """Call ``listener.saw_step(optimizer)`` after every step, as long as it lives."""
+        with self._lock:
+            self._listeners.add(listener)
+            if self._handle is None:
+                self._handle = register_optimizer_step_post_hook(self._after_step)
+
+    def leave(self, listener: Any) -> None:
+        with self._lock:
+            self._listeners.discard(listener)
 
     def stepped_since(self, count: int) -> list[Optimizer]:
         return [optimizer for optimizer, last in self._last.items() if last > count]
@@ -43,7 +52,9 @@ class OptimizerSteps:
     def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         self.count += 1
         self._last[optimizer] = self.count
-        for listener in list(self.listeners):
+        with self._lock:
+            listeners = list(self._listeners)
+        for listener in listeners:
             listener.saw_step(optimizer)
 
 

@@ -61,10 +61,14 @@ class Plan:
     warned_of_dense_checkpoint: bool = False
     warned_of_untrained: bool = False
     annealed_steps: int = 0
+    was_trained: bool = False  # by an annealer before the present one, or thresholds of a training were loaded
     floors: list[list[float]] | None = None  # of the annealer's controller
     total_steps: int = 0  # where it was given with the configuration, in the one-line form
     history: History = field(default_factory=History)
-    lineage: str = field(default_factory=lambda: uuid4().hex)  # of this plan and of its copies
+    lineage: str = ""  # of this plan and of its copies
+
+    def __post_init__(self) -> None:
+        self.lineage = self.lineage or uuid4().hex
 
 
 @dataclass(eq=False)

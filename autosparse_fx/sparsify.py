@@ -299,18 +299,20 @@ def _refuse_unmasked_parts(model: nn.Module, config: AutoSparse) -> None:
 
 
 def _refuse_ties_to_the_outside(modules: list[tuple[str, Any]]) -> None:
-    held: dict[int, list[tuple[MaskedWeight, nn.Parameter, nn.Module]]] = {}
+    held: dict[int, list[tuple[MaskedWeight, nn.Parameter]]] = {}
     for _, module in modules:
         for slot in module._autosparse_slots:
             stored = stored_weight(module, slot)
-            held.setdefault(id(stored), []).append((module._autosparse.weights[slot.name], stored, module))
-    for places in held.values():
-        weight, stored, _ = places[0]
-        if len(places) >= weight.held_by:
-            continue
-        inside = {id(module) for _, _, module in places}
-        for module in holders([stored]):
-            if isinstance(module, MaskedModule) and id(module) not in inside:
+            held.setdefault(id(stored), []).append((module._autosparse.weights[slot.name], stored))
+    short = [places for places in held.values() if len(places) < places[0][0].held_by]
+    if not short:
+        return
+    inside = {id(module) for _, module in modules}
+    outside = [m for m in holders([p[0][1] for p in short]) if isinstance(m, MaskedModule) and id(m) not in inside]
+    for places in short:
+        weight, stored = places[0]
+        for module in outside:
+            if any(stored_weight(module, slot) is stored for slot in module._autosparse_slots):
                 raise ValueError(
                     f"weight '{weight.name}' {list(stored.shape)} is tied to one of a {type(module).__name__} outside "
                     "of what is to be finalized, which would mask it once more: finalize the whole model, or untie "

@@ -82,10 +82,8 @@ def masked_fraction(weights: list[SteeredWeight]) -> float:
         if sample.numel():
             fractions.append((sample.abs().log() <= cut).float().mean())
             numels.append(parameter.numel())
-    if not fractions:
-        return 0.0
-    shares = torch.stack(fractions).double().cpu() * torch.tensor(numels, dtype=torch.float64)
-    return float(shares.sum()) / sum(numels)
+    shares = [float(fraction) * numel for fraction, numel in zip(fractions, numels, strict=True)]  # of any device
+    return sum(shares) / max(1, sum(numels))
 
 
 @torch.no_grad()

@@ -220,6 +220,9 @@ def test_part_of_a_model_can_be_finalized() -> None:
     finalize(model[0])
     assert type(model[0]) is nn.Linear and type(model[2]) is not nn.Linear
     assert torch.equal(model(x), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing came late
+        assert torch.equal(finalize(model)(x), expected)
 
 
 class Tied(nn.Module):

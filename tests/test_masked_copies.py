@@ -172,6 +172,26 @@ def test_class_of_a_masked_layer_makes_plain_layers() -> None:
     assert type(type(model[1])(4, 8)) is nn.LSTM
 
 
+class Copied(nn.Linear):
+    """Copies itself as many classes do."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__(width, width)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Copied":
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
+
+
+def test_copies_that_a_class_makes_of_itself_are_masked() -> None:
+    model = sparsify(nn.Sequential(Copied()), AutoSparse(target_sparsity=None, threshold_init=-1.0))
+    made = copy.deepcopy(model)
+    assert type(made[0]) is type(model[0]) and torch.equal(made[0].weight, model[0].weight)
+    assert bool((made[0].weight == 0).any())
+
+
 class Registered(nn.Linear):
     """Keeps the classes that derive from it, by a key that they must give."""
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import autosparse_fx
 from autosparse_fx import AutoSparse, GradientAnnealing
+from autosparse_fx.attach import masked_modules
+from autosparse_fx.steering import masked_fraction, steered_groups
 
 # nothing runs away
 
@@ -190,6 +192,46 @@ def test_a_second_training_of_a_sparse_model_goes_on_from_its_sparsity(resumed: 
     assert lowest > 0.85
     assert annealer.scheduled_sparsity == pytest.approx(0.9)
     assert_target(model, 0.9)
+
+
+def first_steps(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+    """The sparsity after each step."""
+    found = []
+    for x, y in reference.classification_batches(steps):
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(autosparse_fx.sparsity(model))
+    return found
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_long_second_training_holds_the_sparsity_before_its_first_shift_too(loaded: bool) -> None:
+    model, optimizer = sparse_for_longer()
+    if loaded:
+        state = model.state_dict()
+        model = autosparse_fx.sparsify(reference.mlp(), AutoSparse(target_sparsity=0.9))
+        model.load_state_dict(state)
+        optimizer = sgd(model.parameters(), lr=0.05)
+    GradientAnnealing(model, 2000, optimizer)  # which shifts every 20 steps
+    found = first_steps(model, optimizer, 45)
+    assert min(found) > 0.85 and found[19] == pytest.approx(found[0], abs=POINT)
+
+
+def test_a_first_training_follows_the_ramp_wherever_it_begins() -> None:
+    model = autosparse_fx.sparsify(reference.mlp(), AutoSparse(target_sparsity=0.9, threshold_init=-2.0))
+    optimizer = sgd(model.parameters(), lr=0.05)
+    annealer = GradientAnnealing(model, 2000, optimizer)
+    found = first_steps(model, optimizer, 20)
+    assert found[0] > 0.4 and found[19] == pytest.approx(annealer.scheduled_sparsity, abs=POINT) and found[19] < 0.1
+
+
+def test_what_is_masked_is_found_whatever_the_default_device() -> None:
+    model, _ = sparse_for_longer()
+    ((_, weights),) = steered_groups(m for _, m in masked_modules(model)).items()
+    with torch.device("meta"):
+        assert masked_fraction(weights) == pytest.approx(autosparse_fx.sparsity(model), abs=1e-6)
+    assert masked_fraction([]) == 0.0
 
 
 def test_a_state_of_before_floors_resumes_on_the_ramp() -> None:

@@ -1,6 +1,34 @@
 """What PyTorch knows of the processor, some of it by private functions. 2.11-2.15."""
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def constant_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Callable[[], Tensor]:
+    """A 2-d convolution as Inductor runs it where the weight is a constant: oneDNN has it in a layout of its own, into
+    which it brings any other weight at every call."""
+    mkldnn = torch.ops.mkldnn
+    supports = {
+        torch.float32: torch.backends.mkldnn.is_available,
+        torch.bfloat16: mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: mkldnn._is_mkldnn_fp16_supported,
+    }
+    if x.dtype not in supports or not (torch.backends.mkldnn.is_available() and supports[x.dtype]()):
+        return lambda: F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    window = list(padding), list(stride), list(dilation), groups
+    packed = mkldnn._reorder_convolution_weight(weight, *window, list(x.shape))
+    return lambda: mkldnn._convolution_pointwise(x, packed, bias, *window, "none", [], "")
 
 
 def has_bf16_matrices() -> bool:

@@ -48,10 +48,13 @@ def compiled_by(function: FunctionType, backend: str) -> tuple[Callable[..., Any
 
 
 def compiles_a_backward_pass() -> bool:
-    """Whether what Dynamo compiles is a backward pass that ``compiled_autograd`` captured. 2.11-2.15."""
+    """Whether what Dynamo compiles is a backward pass that ``compiled_autograd`` captured. 2.11-2.15.
+
+    What such a pass runs with gradients is not: a block that a checkpoint computes again.
+    """
     from torch._dynamo import compiled_autograd
 
-    return compiled_autograd.in_compiled_autograd_region
+    return compiled_autograd.in_compiled_autograd_region and not torch.is_grad_enabled()
 
 
 def compile_apart(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,15 +11,13 @@ import hashlib
 import logging
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from autosparse_fx import passes
 from autosparse_fx.kernels.choice import lacking
 from autosparse_fx.kernels.store import remembered
 from autosparse_fx.kernels.timing import median_seconds
@@ -64,17 +62,10 @@ def _fastest(functions: Mapping[float, Callable[..., Any]], inputs: Sequence[Any
 def _key(graph: GraphModule, inputs: Sequence[Any], options: Mapping[str, Any]) -> bytes:
     """What the fastest choice depends on, besides the machine: how many weights are zero, and not which."""
     kinds = [(v.dtype, v.shape, v.stride()) if isinstance(v, Tensor) else v for v in inputs]
-    found = hashlib.sha256(_sources())
+    found = hashlib.sha256()
     found.update(repr((torch.__version__, SCALES, kinds, sorted(map(repr, options.items())))).encode())
     found.update(str(graph.graph).encode())
     for value in graph.buffers():
         zeros = "" if lacking(value) else f"{1 - value.count_nonzero() / max(1, value.numel()):.2f}"
         found.update(repr((value.dtype, tuple(value.shape), zeros)).encode())
     return found.digest()
-
-
-@cache
-def _sources() -> bytes:
-    """The code that estimates, lays out and compiles: what another version of it measured says nothing of this one."""
-    folders = (Path(__file__).parent, Path(passes.__file__).parent)
-    return b"".join(path.read_bytes() for folder in folders for path in sorted(folder.glob("*.[pch]*")))

@@ -39,8 +39,7 @@ class KernelLibrary:
 
     def __init__(self) -> None:
         self._homes: dict[bytes, Tensor] = {}
-        self.source = _source()
-        self._functions = inductor.compile_cpp(self.source)
+        self._functions = inductor.compile_cpp(_source())
         self._run = self._functions.run_sparse_program
         self._run.restype = ctypes.c_bool
         pointer, number = ctypes.c_void_p, ctypes.c_int64

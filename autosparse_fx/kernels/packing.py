@@ -4,7 +4,7 @@ There are two ways, in each of which the columns that a tap reads are side by si
 
 - ``gathered``: a row of columns per tap. All of them are aligned.
 - ``grid``: a row per column of the kernel, with those rows of the image that the taps further down read. For a
-  3x3 kernel that is a third of the packing, but most taps are not aligned.
+  3x3 kernel that is a third of the packing where the image is narrow, but most taps are not aligned.
 """
 
 import itertools

@@ -12,7 +12,7 @@ from autosparse_fx.kernels.steps import ACTIVATIONS, JOINT_COLUMNS, MODES, Machi
 
 # For the packed channels of a tile. Taps of a grid are not aligned, which costs more from the second-level cache.
 CACHE_BYTES = {"grid": 32 * 1024} | dict.fromkeys(("plain", "direct", "gathered", "depthwise"), 64 * 1024)
-GATHER_ROWS = 96  # of a weight, from which packing a row per tap pays
+GATHER_ROWS = 96  # of a weight, from which packing a row per tap pays whatever the width of the image
 CODE_TILE = 16
 CODE_ENTRIES = 1000  # of a group of rows in a block, so that its instructions stay in the cache
 _ALIGNMENT = 64
@@ -40,7 +40,7 @@ def _tile_vectors(columns: int, machine: Machine, most: int, out_width: int = 0)
     tiles = -(-vectors // most)
     if out_width and tiles > 1:
         for whole in range(most, most * 3 // 4, -1):
-            if whole * machine.vector_length % out_width == 0:
+            if whole * machine.vector_length % out_width == 0 and vectors % whole == 0:
                 return whole
     return -(-vectors // tiles)
 
@@ -61,7 +61,6 @@ class StepWriter:
         self.step, self.window = step, step.window
         self.rows, self.group_channels, *kernel = step.weight.shape
         self.kernel = kernel[0], kernel[1]
-        self.mode = step.mode or self._default_mode()
         height, out_width = self.window.out_size
         self.columns = height * out_width
         self.depth = self.group_channels * self.kernel[0] * self.kernel[1]
@@ -70,8 +69,11 @@ class StepWriter:
         narrow = _tile_vectors(columns, machine, machine.most_vectors)
         layout = step.layout
         by_code = gains(self.density, self.depth, narrow) if layout.is_coded is None else layout.is_coded
+        widest = CODE_TILE if machine.runs_code and by_code and not tokens else machine.most_vectors
+        self.mode = step.mode or self._default_mode(widest * machine.vector_length)
         self.is_coded = machine.runs_code and by_code and self.mode != "depthwise"
-        widest = CODE_TILE if self.is_coded and not tokens else machine.most_vectors
+        if self.mode == "depthwise":
+            widest = machine.most_vectors
         most = min(widest, layout.most_vectors or (machine.most_vectors if is_narrow else widest))
         rows = out_width if most == machine.most_vectors and not tokens and not images else 0
         self.vectors = step.vectors or _tile_vectors(columns, machine, most, rows)
@@ -108,20 +110,18 @@ class StepWriter:
         assert self.mode == "plain"
         self.mode = "direct"
 
-    def _default_mode(self) -> str:
-        window = self.window
+    def _default_mode(self, width: int) -> str:
+        """How the source is read by a tile of ``width`` columns."""
+        window, groups = self.window, self.step.groups
         if self.kernel == (1, 1) and window.stride == (1, 1) and window.padding == (0, 0):
             return "plain"
-        if self.step.groups > 1:
-            return "depthwise" if self.group_channels == 1 else "grid"
-        if self.rows >= GATHER_ROWS or self.kernel == (1, 1):
+        if groups > 1 and self.group_channels == 1:
+            return "depthwise"
+        if groups == 1 and (self.rows >= GATHER_ROWS or self.kernel == (1, 1)):
             return "gathered"
-        widest = self.machine.most_vectors * self.machine.vector_length
-        is_wide = (
-            grid(window, self.kernel, widest, self.machine.vector_length).floats
-            >= gathered(window, self.kernel, widest).floats
-        )
-        return "gathered" if is_wide else "grid"  # in a grid are parts of rows of the image that no tap of a tile reads
+        # In a grid is all that lies between the taps, and of images wider than the tile most of it is read by none.
+        packed = grid(window, self.kernel, width, self.machine.vector_length)
+        return "gathered" if packed.floats > gathered(window, self.kernel, width).floats else "grid"
 
     def _default_block_channels(self) -> int:
         if self.is_coded:

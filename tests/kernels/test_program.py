@@ -3,9 +3,14 @@
 All runs have NaNs around their inputs and in the memory that threads keep, and guards around their outputs.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from kernels.compare import ACTIVATIONS, Net, assert_close, poison, sparse, threads
+
+from autosparse_fx.kernels.step_writer import StepWriter
+from autosparse_fx.kernels.steps import Machine, Step, Window
 
 WINDOW_MODES = ["grid", "gathered"]
 
@@ -56,6 +61,18 @@ def test_taps_that_see_nothing_but_padding(mode: str) -> None:
     one_layer(4, 2, 6, 3, padding=9, dilation=7, mode=mode).check([1])
 
 
+@pytest.mark.parametrize(("size", "stride", "mode"), [((9, 300), 1, "gathered"), ((9, 224), 2, "gathered"),
+                                                      ((9, 56), 1, "grid"), ((9, 28), 2, "grid")])  # fmt: skip
+def test_wide_images_are_packed_a_row_per_tap(size: tuple[int, int], stride: int, mode: str) -> None:
+    """In a grid is all between the taps of a tile: of rows longer than it, most is read by none."""
+    out = (size[0] - 1) // stride + 1, (size[1] - 1) // stride + 1
+    window = Window(size, out, (stride, stride), (1, 1))
+    for groups in (1, 3):
+        step = Step(0, 1, torch.ones(6, 6 // groups, 3, 3), torch.zeros(6), window, groups)
+        assert StepWriter(step, Machine(16, 8, False)).mode == mode
+        one_layer(6, size, 6, 3, stride=stride, padding=1, groups=groups).check([1], 2)
+
+
 @pytest.mark.parametrize("kernel", [1, 2, 3, (1, 5), 5])
 @pytest.mark.parametrize("stride", [1, 2, 3, (1, 2)])
 @pytest.mark.parametrize("padding", [0, 1, 4])
@@ -73,6 +90,49 @@ def test_depthwise(
 def test_depthwise_of_many_sizes(size: tuple[int, int], vectors: int) -> None:
     one_layer(5, size, 5, 3, padding=1, groups=5, density=1.0, vectors=vectors).check([1], 3)
     one_layer(5, size, 5, 3, padding=1, groups=5, density=1.0, stride=2, vectors=vectors).check([1], 1)
+
+
+@pytest.mark.parametrize("kernel", [(1, 9), (9, 1), (1, 25), (25, 1), 3, 5])
+@pytest.mark.parametrize("stride", [2, (1, 2), (3, 2)])
+def test_depthwise_of_as_many_taps_as_a_square_has(
+    kernel: int | tuple[int, int], stride: int | tuple[int, int]
+) -> None:
+    for multiplier in (1, 2):
+        net = one_layer(6, (30, 41), 6 * multiplier, kernel, stride=stride, padding=1, groups=6, density=0.8)
+        net.check([1], 3)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("team", [1, 3])
+def test_depthwise_of_stride_2_with_a_residual(activation: str, team: int) -> None:
+    net = Net()
+    x, added = net.input(6, (27, 41)), net.input(12, (14, 21))
+    y = net.layer(x, 12, 3, stride=2, padding=1, groups=6, activation=activation)
+    net.steps[-1] = replace(net.steps[-1], residual=added)
+    with threads(team):
+        net.check([y], 1)
+
+
+@pytest.mark.parametrize("size", [(12, 16), (9, 16), (10, 14), (21, 28), (144, 1), (9, 7)])
+def test_tiles_are_of_whole_rows_only_where_all_are_as_wide(size: tuple[int, int]) -> None:
+    net = Net()
+    wide = net.layer(net.input(8, size), 40)
+    seen = net.layer(wide, 40, 3, padding=1, groups=40)
+    y = net.layer(seen, 16)
+    vectors = -(-size[0] * size[1] // 16)
+    for step in net.steps:
+        tile = StepWriter(step, Machine(16, 8, False)).vectors
+        tiles = -(-vectors // 8)
+        assert tile == -(-vectors // tiles)
+    for team in (1, 2, 3):
+        with threads(team):
+            net.check([y], 1)
+
+
+@pytest.mark.parametrize("size", [56, 112])
+def test_tiles_of_large_images_are_of_whole_rows(size: int) -> None:
+    step = Step(0, 1, torch.ones(6, 1, 3, 3), torch.zeros(6), Window((size, size), (size, size), (1, 1), (1, 1)), 6)
+    assert StepWriter(step, Machine(16, 8, False)).width % size == 0
 
 
 @pytest.mark.parametrize("mode", ["", *WINDOW_MODES])

@@ -16,15 +16,16 @@ from torch import nn
 autosparse_fx.kernels.choice.PROGRAM = autosparse_fx.kernels.choice.CONVERT = 0
 torch.manual_seed(0)
 model = nn.Sequential(
-    nn.Conv2d(8, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 128, 3, 2), nn.ReLU(),
+    nn.Conv2d(8, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, 2, 1, groups=64),
+    nn.Conv2d(64, 64, 5, 2, 2, groups=64), nn.Conv2d(64, 128, 3), nn.ReLU(),
     nn.Conv2d(128, 128, 3, padding=1, groups=128), nn.Conv2d(128, 96, 1), nn.SiLU(),
-    nn.Flatten(), nn.Linear(96 * 7 * 7, 32), nn.GELU(),
+    nn.Flatten(), nn.Linear(96 * 8 * 8, 32), nn.GELU(),
 ).eval()
 with torch.no_grad():
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter[torch.rand_like(parameter) < 0.9] = 0
-    x = torch.randn(3, 8, 16, 16)
+    x = torch.randn(3, 8, 38, 40)
     y = torch.compile(model, backend="autosparse")(x)
     expected = model.double()(x.double())
 print(library().machine.vector_length, float((y - expected).abs().max() / expected.abs().max()))
