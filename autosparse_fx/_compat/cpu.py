@@ -19,7 +19,7 @@ def constant_convolution(
     """A 2-d convolution as Inductor runs it where the weight is a constant: oneDNN has it in a layout of its own, into
     which it brings any other weight at every call."""
     mkldnn = torch.ops.mkldnn
-    supports = {
+    supports: dict[torch.dtype, Callable[[], bool]] = {
         torch.float32: torch.backends.mkldnn.is_available,
         torch.bfloat16: mkldnn._is_mkldnn_bf16_supported,
         torch.float16: mkldnn._is_mkldnn_fp16_supported,
