@@ -30,6 +30,7 @@ class Compiled:
             that come with the same parameters otherwise.
         rewrites: how often constants had to be given up for these parameters.
         zeros: where the tensors are no constants, what :func:`zeros_of` found in them.
+        moving: the numbers of those that are no constants where the others are.
     """
 
     def __init__(
@@ -42,13 +43,16 @@ class Compiled:
         is_frozen: bool,
         rewrites: int,
         zeros: dict[int, int] | None = None,
+        moving: frozenset[int] = frozenset(),
     ) -> None:
         self.function, self.arguments, self.rewrites = function, list(arguments), rewrites
-        self.is_frozen, self.zeros = is_frozen, zeros or {}
+        self.is_frozen, self.zeros, self.moving = is_frozen, zeros or {}, moving
         self._parameters = [number for number, tensor in enumerate(tensors) if isinstance(tensor, nn.Parameter)]
-        self._own = list(range(len(tensors))) if is_frozen else self._parameters
-        self._watched, self._versions = list(versions), list(versions.values())
-        self._probes = _probes(tensors) if is_frozen else []
+        constants = [number for number in range(len(tensors)) if number not in moving]
+        self._own = constants if is_frozen else self._parameters
+        self._watched = [number for number in versions if number not in moving]
+        self._versions = [versions[number] for number in self._watched]
+        self._probes = _probes([tensors[number] for number in constants]) if is_frozen else []
         self._probed = list(map(_FIRST, self._probes))
         self._gone: list[object] = []
         # Their numbers are compared at every call, which takes less than looking at references; those only tell when a
@@ -69,6 +73,16 @@ class Compiled:
     def has_parameters_of(self, tensors: Sequence[Tensor]) -> bool:
         """Whether it is for these parameters, if with other buffers."""
         return all(self._refs[number]() is tensors[number] for number in self._parameters)
+
+    def changed_buffers(self, tensors: Sequence[Tensor]) -> frozenset[int]:
+        """Which constants are others now, or were written to, where all of these are buffers."""
+        then, now = dict(zip(self._watched, self._versions, strict=True)), versions_of(tensors)
+        changed = {
+            number
+            for number in self._own
+            if self._refs[number]() is not tensors[number] or then.get(number) != now.get(number)
+        }
+        return frozenset() if changed & set(self._parameters) else frozenset(changed)
 
     def has_fewer_zeros(self, zeros: dict[int, int]) -> bool:
         """Whether one of the tensors holds more zeros now, by a tenth of it."""

@@ -129,19 +129,28 @@ class FrozenGraph:
             self._compiled = kept
         return dropped
 
-    def compile_for(self, tensors: Sequence[Tensor], rewrites: int = 0, inputs: Sequence[Any] | None = None) -> bool:
-        """Compile for these weights as constants; return False where nothing about them is sparse.
+    def compile_for(
+        self,
+        tensors: Sequence[Tensor],
+        rewrites: int = 0,
+        call: Sequence[Any] | None = None,
+        moving: frozenset[int] = frozenset(),
+    ) -> bool:
+        """Compile for these weights as constants, all but the ``moving``; return False where nothing about them is
+        sparse.
 
-        Which layers autotuning takes is measured with the ``inputs`` of a call, without the weights, for which it
-        waits; not where sizes are dynamic, since Dynamo guards what is assumed of them only before the first call.
+        Which layers autotuning takes is measured with the arguments of a ``call``, for which it waits; not where sizes
+        are dynamic, since Dynamo guards what is assumed of them only before the first call.
         """
         versions = versions_of(tensors)
-        graph = self._with_weights(tensors)
+        graph = self._with_weights(tensors, moving)
+        arguments = self._arguments(moving)
         is_tuned = bool(self._patches.get("max_autotune")) and any(map(_holds_zeros, tensors))
-        waits = is_tuned and self._is_static and inputs is None
+        waits = is_tuned and self._is_static and call is None
         is_worth_it = half_are_zeros(filter(_is_weight, tensors))
-        if is_tuned and self._is_static and inputs is not None:
-            scale = tuned_scale(graph, inputs, self._patches, lambda: self._choices(tensors))
+        if is_tuned and self._is_static and call is not None:
+            inputs = list(map(call.__getitem__, arguments))
+            scale = tuned_scale(graph, inputs, self._patches, lambda: self._choices(tensors, moving))
             graph.meta[DENSE_SCALE] = scale
             is_worth_it = True
         graph.meta[AUTOTUNE] = is_tuned and not waits
@@ -149,8 +158,9 @@ class FrozenGraph:
         if not runs_sparse and not is_worth_it:
             return False
         if not waits:
-            function = self._compile(graph, runs_sparse=runs_sparse)
-            self._keep(tensors, Compiled(tensors, function, self._rest, versions, is_frozen=True, rewrites=rewrites))
+            function = self._compile(graph, arguments, runs_sparse=runs_sparse)
+            made = Compiled(tensors, function, arguments, versions, is_frozen=True, rewrites=rewrites, moving=moving)
+            self._keep(tensors, made)
         return True
 
     def call(
@@ -175,27 +185,32 @@ class FrozenGraph:
         made = Compiled(tensors, *self._dense, watched, is_frozen=False, rewrites=rewrites, zeros=zeros)
         self._keep(tensors, made)
 
-    def _with_weights(self, tensors: Sequence[Tensor]) -> GraphModule:
-        return with_constants(self._graph, dict(zip(self._state, tensors, strict=True)))
+    def _with_weights(self, tensors: Sequence[Tensor], moving: frozenset[int]) -> GraphModule:
+        numbered = enumerate(zip(self._state, tensors, strict=True))
+        return with_constants(self._graph, dict(item for number, item in numbered if number not in moving))
 
-    def _choices(self, tensors: Sequence[Tensor]) -> dict[float, Callable[..., Any]]:
+    def _arguments(self, moving: frozenset[int]) -> list[int]:
+        """Those that a graph takes whose other weights are constants."""
+        return sorted([*self._rest, *(self._state[number] for number in moving)])
+
+    def _choices(self, tensors: Sequence[Tensor], moving: frozenset[int]) -> dict[float, Callable[..., Any]]:
         """The graph compiled with all choices of sparse layers that autotuning compares, by what makes them."""
         functions: dict[tuple[str, ...], tuple[float, Callable[..., Any]]] = {}
         for scale in SCALES:
-            graph = self._with_weights(tensors)
+            graph = self._with_weights(tensors, moving)
             graph.meta[DENSE_SCALE] = scale
             runs_sparse = _make_sparse(graph)
             dense = tuple(node.name for node in graph.graph.nodes if CHOICE in node.meta)
             if dense not in functions:
                 with aot_autograd.tracing_again(self._example_inputs):
-                    functions[dense] = scale, self._compile(graph, runs_sparse=runs_sparse)
+                    functions[dense] = scale, self._compile(graph, self._arguments(moving), runs_sparse=runs_sparse)
         return dict(functions.values())
 
-    def _compile(self, graph: GraphModule, *, runs_sparse: bool) -> Callable[..., Any]:
+    def _compile(self, graph: GraphModule, arguments: Sequence[int], *, runs_sparse: bool) -> Callable[..., Any]:
         patches = {"freezing": True, **self._patches}
         if runs_sparse:
             patches.setdefault("layout_optimization", False)
-        inputs = [self._example_inputs[number] for number in self._rest]
+        inputs = [self._example_inputs[number] for number in arguments]
         with inductor.forgetting_what_is_compiled():
             return aot_autograd.called_without_autocast(lambda: inductor.compile_with_inductor(graph, inputs, patches))
 
@@ -210,15 +225,19 @@ class FrozenGraph:
                 return compiled.function(*map(args.__getitem__, compiled.arguments))
         with self._lock:
             if not any(compiled.fits(tensors) for compiled in self._compiled):  # by another thread
-                self._adapt_to(tensors, [args[number] for number in self._rest])
+                self._adapt_to(tensors, args)
         return self(*args)
 
-    def _adapt_to(self, tensors: Sequence[Tensor], inputs: Sequence[Any]) -> None:
-        """Compile for weights that are new, or were written to; in the end, for weights that keep changing."""
+    def _adapt_to(self, tensors: Sequence[Tensor], call: Sequence[Any]) -> None:
+        """Compile for weights that are new, or were written to; in the end, for weights that keep changing.
+
+        Buffers that change twice while the parameters stay are no constants from then on.
+        """
         last = next((c for c in self._compiled if c.has_parameters_of(tensors)), None)
-        versions, zeros, rewrites = versions_of(tensors), zeros_of(tensors), 0
+        versions, zeros, rewrites, moving = versions_of(tensors), zeros_of(tensors), 0, frozenset[int]()
         if last is not None:
             rewrites = last.rewrites + last.is_frozen
+            moving = last.moving | (last.changed_buffers(tensors) if rewrites > 1 else frozenset())
             if not last.is_frozen and not last.has_fewer_zeros(zeros):
                 self._keep_dense(tensors, versions, last.zeros, rewrites=rewrites)
                 return
@@ -226,7 +245,7 @@ class FrozenGraph:
             if rewrites > MOST_REWRITES:
                 log.warning("weights were written to %d times between calls: dense kernels from now on", MOST_REWRITES)
                 zeros = {}
-            elif self.compile_for(tensors, rewrites, inputs):
+            elif self.compile_for(tensors, rewrites, call, moving):
                 return
             if self._dense is None:
                 graph = dynamo_graphs.copy_graph_module(self._graph)

@@ -228,7 +228,24 @@ def test_buffers_that_are_exchanged_at_every_call(sparsity: float, seen: Seen, a
     for _ in range(2 * inference.MOST_REWRITES):
         with torch.no_grad():
             assert_same(fast(X), wide(X.double()))
-    assert len(attempts) <= (1 if sparsity == 0 else inference.MOST_REWRITES + 1)
+    assert len(attempts) <= (1 if sparsity == 0 else 3)
+    assert (seen.programs > 0) == (sparsity > 0)
+    if sparsity:
+        with torch.no_grad():
+            for changed in (model, wide):
+                changed.layers.first.weight.mul_(2.0)
+            assert_same(fast(X), wide(X.double()))
+        assert len(attempts) == 4  # the weights are constants all the same
+
+
+@pytest.mark.parametrize("times", [1, 2, 5])
+def test_statistics_that_are_written_again_and_again_stay_right(times: int, seen: Seen) -> None:
+    model = nn.Sequential(prune(Stack()), nn.BatchNorm2d(16)).eval()
+    fast = compiled(model)
+    for _ in range(times):
+        model[1].running_mean.normal_()
+        check(fast, model, X)
+    assert seen.programs > 0
 
 
 def test_masks_that_become_sparse_in_place(seen: Seen) -> None:
