@@ -338,10 +338,13 @@ class GradientAnnealing:
             self._modules = masked_modules(self._model)  # dense_weights and finalize may have changed which there are
             self._modules = self._masked()
         if steering:
-            modules = [module for _, module in self._modules]
-            self._controller.shift(modules, self._count / self.total_steps, exact=self._settling())
+            self._shift()
         if recording and self._modules:
             self._record()
+
+    def _shift(self) -> None:
+        modules = [module for _, module in self._modules]
+        self._controller.shift(modules, self._count / self.total_steps, exact=self._settling())
 
     def _record(self) -> None:
         weights: dict[int, tuple[str, str, Tensor, Tensor]] = {}

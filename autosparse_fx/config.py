@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from autosparse_fx.decay import DECAYS
 
 __all__ = ["AutoSparse"]
@@ -212,3 +214,12 @@ def matches(pattern: str, name: str) -> bool:
 
 
 _DEFAULT = AutoSparse()
+
+
+def masking_exactly(thresholds: Mapping[str, Tensor], scale: float | None = None) -> AutoSparse:
+    """What masks the weights of these names and no others, each as its saved threshold tells: ``[1]`` or ``[C]``."""
+    rules: dict[str, Any] = {
+        name: {"granularity": "channel" if threshold.numel() > 1 else "layer"} for name, threshold in thresholds.items()
+    }
+    made = AutoSparse(target_sparsity=None, threshold_init=-5.0, rules={**rules, "*": None})
+    return made if scale is None else dataclasses.replace(made, threshold_scale=scale)

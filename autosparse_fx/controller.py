@@ -93,9 +93,11 @@ class _DeferredCheck:
         self._target = target
         self._ready: torch.cuda.Event | None = None
         if finite.is_cuda:
-            self._finite = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
-            self._ready = torch.cuda.Event()
-            self._ready.record()
+            pinned = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
+            with torch.cuda.device(finite.device):
+                self._finite = pinned.copy_(finite, non_blocking=True)
+                self._ready = torch.cuda.Event()
+                self._ready.record()
 
     def raise_if_failed(self) -> None:
         if self._ready is not None and not self._ready.query():

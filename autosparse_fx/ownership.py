@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from autosparse_fx.dtensors import full_tensor
 from autosparse_fx.selection import collect
 
 _finalized = WeakIdKeyDictionary()  # parameters of finalized models, and whether they were masked in them
@@ -75,7 +76,7 @@ def half_are_zeros(tensors: Iterable[Tensor]) -> bool:
     """Whether half of all elements or more are exactly zero, tensors of nothing but zeros not counted."""
     zeros = total = 0
     with torch.no_grad():
-        for tensor in tensors:
+        for tensor in map(full_tensor, tensors):
             found = tensor.numel() - int(torch.count_nonzero(tensor))
             if found < tensor.numel():
                 zeros, total = zeros + found, total + tensor.numel()

@@ -60,6 +60,7 @@ class Plan:
     scope: _DenseScope = field(default_factory=_DenseScope)
     warned_of_dense_checkpoint: bool = False
     warned_of_untrained: bool = False
+    warned_of_new: bool = False
     annealed_steps: int = 0
     was_trained: bool = False  # by an annealer before the present one, or thresholds of a training were loaded
     floors: list[list[float]] | None = None  # of the annealer's controller

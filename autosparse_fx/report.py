@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from autosparse_fx._compat import eager
 from autosparse_fx.attach import masked_modules
 from autosparse_fx.consistency import refuse_broken_ties
+from autosparse_fx.dtensors import full_tensor
 from autosparse_fx.hidden.masks import all_masked_modules, hidden_masks
 from autosparse_fx.history import History
 from autosparse_fx.masked import MaskedModule, full_logit, masked_value
@@ -119,7 +120,7 @@ def _count_zeros(model: nn.Module) -> SparsityReport:
             if prepared:
                 skipped[candidate.name] = (candidate.parameter.numel(), _reason_for(candidate, plans, captured))
             continue
-        weight: Tensor = candidate.parameter
+        weight: Tensor = full_tensor(candidate.parameter)
         if weight.is_meta:
             raise ValueError(
                 f"weight '{candidate.name}' {list(weight.shape)} is on the meta device, where nothing can be counted: "

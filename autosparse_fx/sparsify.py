@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from autosparse_fx._compat import eager
 from autosparse_fx.attach import attach, detach, detach_weight, masked_modules, remask
 from autosparse_fx.config import AutoSparse
 from autosparse_fx.consistency import is_masked, refuse_broken_ties
@@ -160,10 +161,10 @@ def finalize(model: ModuleT, *, reach_target: bool = False) -> ModuleT:
             f"{type(model).__name__} is not sparse: there is nothing to finalize (was it finalized before?)"
         )
     for name, module in modules:
-        if "_autosparse_slots" not in type(module).__dict__:
+        if "_autosparse_slots" not in type(module).__dict__ or eager.is_managed_by_fsdp(module):
             raise RuntimeError(
-                f"the class of '{name}' was changed to {type(module).__mro__[0]} after sparsify (by fully_shard or "
-                "parametrize?): finalize a plain copy of the model that has loaded the full state_dict"
+                f"'{name}' is sharded by fully_shard, or its class was changed to {type(module).__mro__[0]} after "
+                "sparsify (by parametrize?): finalize a plain copy of the model that has loaded the full state_dict"
             )
         for slot in module._autosparse_slots:
             if module._parameters.get(slot.name) is None:
@@ -339,7 +340,8 @@ def _warn_of_missed_targets(model: nn.Module, modules: list[tuple[str, Any]]) ->
             continue
         never = not any(plan.annealed_steps for plan in plans.values())
         cure = (
-            "no GradientAnnealing ever stepped this model: make one before the training"
+            "no GradientAnnealing ever stepped this model: make one before the training (in the one-line form, train "
+            "it by an optimizer of torch that holds its parameters)"
             if never
             else "train to the end of total_steps, lower the target, or finalize with reach_target=True"
         )

@@ -46,7 +46,7 @@ class Trained:
 
     def shift(self) -> None:
         assert self.annealer is not None
-        self.annealer._steer()
+        self.annealer._shift()
 
     def seconds(self, *, of_shift: bool = False) -> float:
         dist.barrier()

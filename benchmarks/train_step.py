@@ -111,7 +111,7 @@ class Trained:
         assert self.annealer is not None
         synchronize(self.device)
         start = time.perf_counter()
-        self.annealer._steer()
+        self.annealer._shift()
         synchronize(self.device)
         return time.perf_counter() - start
 

@@ -220,6 +220,18 @@ def test_finalizing_a_sharded_model_is_refused_with_the_cure() -> None:
         assert torch.equal(t, before[name]), name
 
 
+def test_finalizing_is_refused_where_only_what_is_around_the_layers_was_sharded() -> None:
+    model = sparsify(nn.Sequential(nn.Sequential(nn.Linear(16, 8), nn.ReLU()), nn.Linear(8, 4)))
+    fully_shard(model[0])
+    fully_shard(model)
+    with torch.no_grad():
+        model(torch.randn(2, 16))  # what leaves the outermost weights gathered
+    before = full_state(model)
+    with pytest.raises(RuntimeError, match=r"(?s)fully_shard.*finalize a plain copy"):
+        finalize(model)
+    assert all(torch.equal(t, before[name]) for name, t in full_state(model).items())
+
+
 def test_cure_for_finalizing_works() -> None:
     config = AutoSparse(target_sparsity=None, threshold_init=-2.5)
     sharded = by_block(sparsify(reference.mlp(), config))

@@ -19,7 +19,10 @@ def report(args: argparse.Namespace) -> None:
     """Print the report of a model."""
     model, inputs, state = make_model(args.model, args.weights, args.input)
     annealer = state.get("annealer")
-    history = History.from_state(annealer["history"]) if annealer and "history" in annealer else None
+    try:
+        history = History.from_state(annealer["history"]) if annealer and "history" in annealer else None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the history of the annealer in {str(args.weights)!r} is damaged ({error!r})") from error
     made = autosparse_fx.report(model.train(args.train), inputs, unit="macs" if args.macs else "flops", history=history)
     print(made.to_json(indent=1) if args.json else made)
 

@@ -1,7 +1,6 @@
 """Saved weights, read without running any code that the file may hold."""
 
 import pickle
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from torch import nn
 
 import autosparse_fx
-from autosparse_fx.config import AutoSparse
+from autosparse_fx.config import masking_exactly
 from autosparse_fx.sparse_files import is_sparse_file
 
 
@@ -25,6 +24,8 @@ def read_file(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"there is no file {str(path)!r}")
     if is_sparse_file(path):
         return autosparse_fx.load_sparse(path)  # with the metadata of its modules
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -37,6 +38,17 @@ def read_file(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise ValueError(f"{str(path)!r} holds a {type(state).__name__}, not the state_dict of a model")
     return state
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(f"to read {str(path)!r}, install safetensors (the extra 'files')") from error
+    try:
+        return dict(safetensors.torch.load_file(path))
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{str(path)!r} is damaged, or no file of safetensors ({error})") from error
 
 
 def architecture(state: dict[str, Any], path: Path) -> tuple[str, dict[str, Any]]:
@@ -76,7 +88,7 @@ def load_weights(model: nn.Module, state: dict[str, Any], example_inputs: Any, p
     if masked:
         saved = state.get("config")
         scale = saved["threshold_scale"] if isinstance(saved, dict) and "threshold_scale" in saved else None
-        autosparse_fx.sparsify(model, _config(masked, scale), example_inputs=example_inputs)
+        autosparse_fx.sparsify(model, masking_exactly(masked, scale), example_inputs=example_inputs)
     own = model.state_dict()
     misfits = [f"{key} is missing" for key in own if key not in weights]
     misfits += [f"{key} is not in the model" for key in weights if key not in own]
@@ -97,12 +109,3 @@ def load_weights(model: nn.Module, state: dict[str, Any], example_inputs: Any, p
 
 def _shape(value: Any) -> list[int] | str:
     return list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-
-
-def _config(masked: dict[str, Any], scale: float | None) -> AutoSparse:
-    """What masks exactly the weights that were saved with thresholds."""
-    rules: dict[str, Any] = {
-        name: {"granularity": "channel" if threshold.numel() > 1 else "layer"} for name, threshold in masked.items()
-    }
-    made = AutoSparse(target_sparsity=None, threshold_init=-5.0, rules={**rules, "*": None})
-    return made if scale is None else replace(made, threshold_scale=scale)

@@ -17,6 +17,7 @@ from autosparse_fx.passes.find_weights import find_weights
 from autosparse_fx.passes.insert_masks import STATE, WEIGHT, MaskSpec
 from autosparse_fx.passes.modes import function_name, is_written_to
 
+FROZEN = "autosparse_frozen"  # key in the meta of a weight's node that has no mask, because it is frozen
 _DIFFERENTIATING = frozenset({"_wrap_for_grad", "_make_dual"})  # what torch.func puts before a function of its inputs
 
 
@@ -32,14 +33,17 @@ def mark_weights(gm: GraphModule, request: Request | None) -> None:
         RuntimeError: if the graph writes to a weight that is to be masked, or differentiates with respect to it by
             ``torch.func``.
     """
-    parameters = {
+    given = {
         node: parameter
         for node in gm.graph.nodes
-        if node.op in ("placeholder", "get_attr")
-        and (parameter := placeholder_parameter(node)) is not None
-        and _may_be_masked(parameter)
+        if node.op in ("placeholder", "get_attr") and (parameter := placeholder_parameter(node)) is not None
     }
-    found = find_weights(gm, parameters.__contains__)
+    parameters = {node: parameter for node, parameter in given.items() if _may_be_masked(parameter)}
+    found = find_weights(gm, given.__contains__)
+    for node in found:
+        if node not in parameters and request is not None and given[node].is_floating_point():
+            node.meta[FROZEN] = True
+    found = {node: axis for node, axis in found.items() if node in parameters}
     if request is not None:
         weights = {parameters[node]: axis for node, axis in found.items()}
         registration.register(weights, list(parameters.values()), request)
@@ -106,6 +110,8 @@ class MaskedCall:
         self._compiled: Callable[..., Any] | None = None
         self._known: _Known | None = None
         self._examples: list[Tensor] = []
+        self._frozen = [self._source(node, placeholders) for node in gm.graph.nodes if FROZEN in node.meta]
+        self._seen_frozen = -1  # the version of the masks at which these had none
         by_name = {node.name: node for node in gm.graph.nodes}
         for node in placeholders:
             name, field = node.meta.get(STATE, (None, None))
@@ -134,11 +140,14 @@ class MaskedCall:
     def bind(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """Return what Dynamo is to call: ``compiled`` itself where the graph has no hidden thresholds."""
         self._compiled = compiled
-        return self if self._sources else compiled
+        return self if self._sources or self._frozen else compiled
 
     def __call__(self, *args: Any) -> Any:
         assert self._compiled is not None
-        weights = self._weights(args)
+        if self._frozen and self._seen_frozen != (version := masks.version()):
+            self._refuse_masks_of_frozen(args)
+            self._seen_frozen = version
+        weights = self._weights(self._sources, args)
         known = self._known  # once, since threads call a graph for weights of their own
         if known is None or not known.holds_for(weights):
             if any(isinstance(weight, FakeTensor) for weight in weights):  # DDPOptimizer, which asks for output strides
@@ -150,8 +159,20 @@ class MaskedCall:
             masks.note_use(known.masks)
         return self._compiled(*args, *known.state)
 
-    def _weights(self, args: Sequence[Any]) -> list[nn.Parameter]:
-        return [args[source] if isinstance(source, int) else source for source in self._sources]
+    @staticmethod
+    def _weights(sources: Sequence[int | nn.Parameter], args: Sequence[Any]) -> list[nn.Parameter]:
+        return [args[source] if isinstance(source, int) else source for source in sources]
+
+    def _refuse_masks_of_frozen(self, args: Sequence[Any]) -> None:
+        for weight in self._weights(self._frozen, args):
+            mask = None if isinstance(weight, FakeTensor) else masks.hidden_mask(weight)
+            if mask is not None:
+                raise RuntimeError(
+                    f"weight '{mask.weight.name}' {list(weight.shape)} was frozen when this graph was compiled, which "
+                    "so has no mask for it, and has got one since: call torch._dynamo.reset() once after the first "
+                    "step of every part of the model, or prepare the model with model = autosparse_fx.sparsify(model) "
+                    "before making the optimizer"
+                )
 
     def _look_up(self, weights: list[nn.Parameter]) -> list[Tensor]:
         if self._request is not None:

@@ -64,6 +64,7 @@ class _Run:
         for _, mask in self._held:
             if self._twin is not None and mask.optimizer_state and mask.optimizer == type(optimizer).__name__:
                 self._twin.state[mask.threshold] = mask.optimizer_state
+        _warn_of_lost_state(optimizer, self._held)
         self._annealers = _annealers(self._held)
         for _, mask in self._held:
             mask.trained = True
@@ -124,7 +125,10 @@ class _Run:
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None:  # the step of a fused optimizer that GradScaler may have told to skip
             self._twin.grad_scale, self._twin.found_inf = None, found_inf  # type: ignore[attr-defined]
-        self._twin.step()
+        try:
+            self._twin.step()
+        except Exception as error:
+            raise RuntimeError(_cannot_train(type(self._twin), error)) from error
         if found_inf is not None:
             del self._twin.grad_scale, self._twin.found_inf  # type: ignore[attr-defined]
         if steps_nowhere(optimizer):
@@ -191,11 +195,14 @@ def _twin(optimizer: Optimizer, groups: list[dict[str, Any]]) -> Optimizer:
     try:
         twin = kind(groups, **{name: value for name, value in optimizer.defaults.items() if name in takes})
     except Exception as error:
-        raise RuntimeError(
-            f"{kind.__name__} cannot train the thresholds of a model that was never prepared ({error}): {_CURE}"
-        ) from error
+        raise RuntimeError(_cannot_train(kind, error)) from error
     _twins.add(twin)
     return twin
+
+
+def _cannot_train(kind: type, error: Exception) -> str:
+    why = str(error) or type(error).__name__
+    return f"{kind.__name__} cannot train the thresholds of a model that was never prepared ({why}): {_CURE}"
 
 
 def _refuse_dense_gradient(grad: Tensor, mask: HiddenMask) -> None:
@@ -210,6 +217,25 @@ def _refuse_dense_gradient(grad: Tensor, mask: HiddenMask) -> None:
         "compiled model, and raise torch._dynamo.config.recompile_limit or mark what changes as dynamic; or "
         f"{_CURE}"
     )
+
+
+def _warn_of_lost_state(optimizer: Optimizer, held: list[_Held]) -> None:
+    """Warn where the optimizer has trained weights before, and their thresholds are new."""
+    for parameter, mask in held:
+        is_new = mask.steps == mask.plan.annealed_steps == 0 and not mask.plan.warned_of_new
+        if is_new and _has_stepped(optimizer.state.get(parameter, {})):
+            mask.plan.warned_of_new = True
+            warnings.warn(
+                f"the optimizer has trained weight '{mask.weight.name}' before, but its threshold is new, and alpha "
+                "and the sparsity begin anew: if this resumes a training, call autosparse_fx.load_state_dict(model, "
+                "state) with what autosparse_fx.state_dict(model) had returned",
+                stacklevel=2,
+            )
+
+
+def _has_stepped(state: dict[str, Any]) -> bool:
+    """Whether an optimizer keeps this of a parameter that it has stepped; some make it before, LBFGS while it does."""
+    return bool(state) and "func_evals" not in state and float(state.get("step", 1)) > 0
 
 
 def _warn_of_untrained(plans: Iterable[Plan]) -> None:

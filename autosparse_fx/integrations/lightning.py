@@ -12,9 +12,10 @@ from torch import nn
 
 from autosparse_fx.annealing import GradientAnnealing
 from autosparse_fx.attach import masked_modules
-from autosparse_fx.config import AutoSparse
+from autosparse_fx.config import AutoSparse, masking_exactly
 from autosparse_fx.integrations.run import SparseRun
 from autosparse_fx.sparsify import finalize as finalize_model
+from autosparse_fx.sparsify import sparsify
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -101,7 +102,11 @@ class AutoSparseCallback(_Callback):
             self._load_hook = pl_module.register_load_state_dict_pre_hook(self._become_as_saved)
             return
         _refuse_averages_before(self, trainer)
+        if not self._run.finalize and not masked_modules(pl_module):
+            _refuse_workers_that_keep_thresholds(trainer)
         if _overrides(pl_module, "setup") or _overrides(pl_module, "configure_model"):
+            if not masked_modules(pl_module):
+                _refuse_copies_made_in_setup(trainer)
             self._prepare_after_configure_model(pl_module)  # which may still make layers
         else:
             self._run.prepare(self._part(pl_module))
@@ -176,11 +181,18 @@ class AutoSparseCallback(_Callback):
 
     def _become_as_saved(self, pl_module: "LightningModule", state_dict: dict[str, Any], *_: object) -> None:
         """Before a checkpoint is loaded for a test: sparse or plain, as the saved module was."""
-        part = self._part(pl_module)
-        thresholds = [key for key in state_dict if key.endswith("_threshold")]
-        saved_sparse = any(f"{key.removesuffix('_threshold')}_offset" in state_dict for key in thresholds)
-        if saved_sparse:
-            self._run.prepare(part)
+        part, prefix = self._part(pl_module), f"{self._submodule}." if self._submodule else ""
+        thresholds = {
+            key.removesuffix("_threshold").removeprefix(prefix): value
+            for key, value in state_dict.items()
+            if key.startswith(prefix) and key.endswith("_threshold")
+            if f"{key.removesuffix('_threshold')}_offset" in state_dict
+        }
+        if thresholds:
+            if self._run.config is None and not masked_modules(part):
+                sparsify(part, masking_exactly(thresholds))
+            else:
+                self._run.prepare(part)
         elif masked_modules(part):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # of a missed target: all weights are about to be replaced
@@ -212,11 +224,35 @@ def _total_steps(trainer: "Trainer", pl_module: "LightningModule") -> int:
 
 def _refuse_averages_before(callback: AutoSparseCallback, trainer: "Trainer") -> None:
     before = trainer.callbacks[: trainer.callbacks.index(callback)]
-    names = [type(other).__name__ for other in before if _is_a(other, "WeightAveraging")]
+    names = [type(other).__name__ for other in before if _averages(other)]
     if names:
         raise ValueError(
             f"{names[0]} would copy the model before it is prepared: put AutoSparseCallback before it in "
             "Trainer(callbacks=[...])"
+        )
+
+
+def _averages(callback: object) -> bool:
+    return _is_a(callback, "WeightAveraging") or _is_a(callback, "StochasticWeightAveraging")
+
+
+def _refuse_copies_made_in_setup(trainer: "Trainer") -> None:
+    """Where the module is prepared behind its own hooks, what copied it in ``setup`` has a dense one."""
+    names = [type(other).__name__ for other in trainer.callbacks if _is_a(other, "StochasticWeightAveraging")]
+    if names:
+        raise ValueError(
+            f"{names[0]} copies the module before its own setup and configure_model have made the layers to prepare: "
+            "make them in __init__, or sparsify the module yourself before fit"
+        )
+
+
+def _refuse_workers_that_keep_thresholds(trainer: "Trainer") -> None:
+    """Processes that Lightning forks or spawns give back the state of the module that this process has: a dense one."""
+    launcher = getattr(trainer.strategy, "launcher", None)
+    if _is_a(launcher, "_MultiProcessingLauncher"):
+        raise ValueError(
+            "the processes that this strategy starts would leave this one with the dense module, without thresholds: "
+            "use strategy='ddp', AutoSparseCallback(finalize=True), or sparsify the module yourself before fit"
         )
 
 

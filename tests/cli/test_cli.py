@@ -257,3 +257,15 @@ def test_weights_in_a_sparse_file(capsys: pytest.CaptureFixture[str], user_modul
     save_sparse(sparse, "sparse.safetensors")
     out = run(capsys, "report", f"{user_module}:make", "--input", "3x4", "--weights", "sparse.safetensors", "--json")
     assert json.loads(out)["sparsity"] == sparsity(sparse) > 0
+
+
+def test_weights_in_an_ordinary_safetensors_file(capsys: pytest.CaptureFixture[str], user_module: str) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    model = made_by_user()
+    with torch.no_grad():
+        model[0].weight.zero_()
+    safetensors.save_file(model.state_dict(), "plain.safetensors")
+    given = ("report", f"{user_module}:make", "--input", "3x4", "--weights", "plain.safetensors")
+    assert "0.weight" in run(capsys, *given)
+    Path("plain.safetensors").write_bytes(Path("plain.safetensors").read_bytes()[:20])
+    assert "'plain.safetensors' is damaged" in run(capsys, *given, code=1)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from autosparse_fx import AutoSparse, GradientAnnealing, sparsify
+from autosparse_fx import AutoSparse, GradientAnnealing, report, sparsify, sparsity
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
@@ -56,12 +56,23 @@ def not_finite() -> str:
     return "no error"
 
 
+def zeros_of_dense_weights() -> tuple[int, float]:
+    """Of a finalized model, say, which nothing masks."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 8))
+    with torch.no_grad():
+        model[0].weight[:, ::4] = 0
+    model = fully_sharded(model)
+    return report(model).layers[0].zeros, sparsity(model)
+
+
 def everything() -> dict[str, Any]:
     models = [fully_sharded(prepared(*case)) for case in CASES]
     return {
         "shapes": [local_shapes(model) for model in models],
         "trained": [train(model, ranks.own_part()) for model in models],
         "not finite": not_finite(),
+        "zeros": zeros_of_dense_weights(),
     }
 
 
@@ -91,3 +102,7 @@ def test_weights_and_thresholds_are_sharded(found: list[dict[str, Any]], case: i
 def test_weight_that_is_not_finite_is_named_on_all_ranks(found: list[dict[str, Any]]) -> None:
     for rank in found:
         assert "weight '" in rank["not finite"] and "NaN or infinite" in rank["not finite"]
+
+
+def test_zeros_of_weights_that_are_not_masked_are_counted_over_all_ranks(found: list[dict[str, Any]]) -> None:
+    assert [rank["zeros"] for rank in found] == [(32, 0.25)] * 2

@@ -311,6 +311,25 @@ def test_frozen_weights_stay_dense_until_they_are_unfrozen() -> None:
     assert_same(found, outputs_and_gradients(eager(model), model, names, x))
 
 
+def test_graph_of_frozen_weights_is_not_used_for_masked_ones() -> None:
+    """As that of a critic whose generator takes the first step."""
+    model, x = reference.mlp(), torch.randn(4, 16)
+    step = one_line(model)
+    model.requires_grad_(False)
+    dense = step(x)
+    torch.testing.assert_close(step(x), dense)  # nothing has changed
+    one_line(reference.mlp())(x)  # nor have masks of other weights
+    torch.testing.assert_close(step(x), dense)
+    model.requires_grad_(True)
+    masked = step(x)
+    assert set(thresholds(model)) == {"0.weight", "2.weight", "4.weight"} and not torch.equal(masked, dense)
+    model.requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"(?s)weight '0\.weight' \[64, 16\] was frozen when.*torch\._dynamo\.reset"):
+        step(x)
+    torch._dynamo.reset()
+    torch.testing.assert_close(step(x), masked)
+
+
 @GUARDED
 def test_masked_weights_that_are_frozen_keep_their_masks() -> None:
     model = reference.mlp()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import reference
 import torch
 from hidden.one_line import Run, assert_equal_states, assert_same, masked_output, net, one_line, sgd, start, state_of
 from torch import nn
-from torch.optim import SGD, AdamW
+from torch.optim import SGD, Adagrad, AdamW
 
 import autosparse_fx
 from autosparse_fx import AutoSparse, GradientAnnealing
@@ -377,3 +378,28 @@ def test_a_model_that_is_used_once_more_after_its_optimizer_is_gone() -> None:
     assert_equal_states(state, state_of(model))
     with torch.no_grad():
         torch.testing.assert_close(compiled(X), masked_output(model, X))
+
+
+@pytest.mark.parametrize("optimizer", [partial(SGD, momentum=0.9), AdamW, Adagrad])
+def test_a_resumed_optimizer_without_the_state_of_the_thresholds_is_a_warning(optimizer: Any) -> None:
+    def training() -> tuple[nn.Module, Any, torch.optim.Optimizer]:
+        model = net()
+        return model, one_line(model, 100, AutoSparse(target_sparsity=None)), optimizer(model.parameters(), lr=0.01)
+
+    def step(compiled: Any, stepped: torch.optim.Optimizer) -> None:
+        compiled(torch.randn(4, 16)).square().mean().backward()
+        stepped.step()
+        stepped.zero_grad()
+
+    model, compiled, first = training()
+    for _ in range(2):
+        step(compiled, first)  # a warning is an error here
+    saved = autosparse_fx.state_dict(model)
+    _, compiled, second = training()
+    second.load_state_dict(first.state_dict())
+    with pytest.warns(UserWarning, match=r"has trained weight '0\.weight' before.*autosparse_fx\.load_state_dict"):
+        step(compiled, second)
+    model, compiled, third = training()
+    third.load_state_dict(first.state_dict())
+    autosparse_fx.load_state_dict(model, saved)
+    step(compiled, third)

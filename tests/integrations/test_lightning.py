@@ -353,6 +353,44 @@ def test_weight_averaging_comes_after(tmp_path: Path) -> None:
     assert type(model.model[0]) is nn.Linear
 
 
+def test_stochastic_weight_averaging_copies_a_prepared_module_only(tmp_path: Path) -> None:
+    def average() -> Any:
+        return lightning.callbacks.StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=0.5)
+
+    with pytest.raises(ValueError, match="put AutoSparseCallback before it"):
+        trainer(average(), tmp_path, callbacks=(AutoSparseCallback(),)).fit(module(), loader())
+    with pytest.raises(ValueError, match="StochasticWeightAveraging copies the module before"):
+        trainer(AutoSparseCallback(), tmp_path, callbacks=(average(),)).fit(module(LateDigits), loader())
+
+
+def test_processes_that_would_leave_the_thresholds_behind_are_refused(tmp_path: Path) -> None:
+    def set_up(callback: AutoSparseCallback, model: Digits) -> None:
+        spawned = trainer(callback, tmp_path, devices=2, strategy="ddp_spawn")
+        callback.setup(spawned, model, "fit")
+
+    with pytest.raises(ValueError, match=r"strategy='ddp', AutoSparseCallback\(finalize=True\)"):
+        set_up(AutoSparseCallback(), module())
+    set_up(AutoSparseCallback(finalize=True), module())  # which it does in the processes
+    set_up(AutoSparseCallback(), autosparse_fx.sparsify(module()))
+
+
+def test_checkpoint_of_a_module_that_the_user_prepared_is_tested_as_it_was_saved(tmp_path: Path) -> None:
+    model = autosparse_fx.sparsify(
+        module(), AutoSparse(target_sparsity=0.8, granularity="channel", rules={"model.4.weight": None})
+    )
+    run = trainer(AutoSparseCallback(), tmp_path)
+    run.fit(model, loader())
+    run.save_checkpoint(tmp_path / "sparse.ckpt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("default", ".*(dataloader|workers|logger|litlogger).*")
+        tested = module()
+        trainer(AutoSparseCallback(), tmp_path).test(
+            tested, loader(), ckpt_path=tmp_path / "sparse.ckpt", verbose=False
+        )
+    assert_equal(state(tested), state(model))
+
+
 def test_compiled_training(tmp_path: Path) -> None:
     eager, compiled = module(), module()
     trainer(AutoSparseCallback(target_sparsity=0.8), tmp_path).fit(eager, loader())
