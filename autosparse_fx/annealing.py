@@ -288,7 +288,7 @@ class GradientAnnealing:
     def saw_step(self, optimizer: Optimizer) -> None:
         """Warn where an optimizer trains the masked weights again and again, and no step is counted."""
         unheard = self._unheard[optimizer] = self._unheard.get(optimizer, 0) + 1
-        if unheard != MAX_UNHEARD_STEPS:
+        if unheard != MAX_UNHEARD_STEPS or self._count >= self.total_steps:
             return
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         trained = [

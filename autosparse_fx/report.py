@@ -120,7 +120,7 @@ def _count_zeros(model: nn.Module) -> SparsityReport:
             if prepared:
                 skipped[candidate.name] = (candidate.parameter.numel(), _reason_for(candidate, plans, captured))
             continue
-        weight: Tensor = full_tensor(candidate.parameter)
+        weight: Tensor = candidate.parameter
         if weight.is_meta:
             raise ValueError(
                 f"weight '{candidate.name}' {list(weight.shape)} is on the meta device, where nothing can be counted: "
@@ -134,6 +134,8 @@ def _count_zeros(model: nn.Module) -> SparsityReport:
             weight = masked_value(module, slot)
             cut = float(torch.sigmoid(full_logit(module, slot)).mean())
             target = module._autosparse.weights[slot.name].config.target_sparsity
+        else:
+            weight = full_tensor(weight)
         zeros = weight.numel() - int(torch.count_nonzero(weight))
         layers.append(
             LayerReport(

@@ -328,3 +328,16 @@ def test_training_by_an_optimizer_that_is_not_heard_is_a_warning(own: bool) -> N
         warnings.simplefilter("error")
         one_step(model, sam.inner)  # once
     assert (annealer.steps, heard.steps) == (0, 30)
+
+
+def test_training_on_by_another_optimizer_after_the_end_is_no_warning() -> None:
+    model = sparse_mlp(target_sparsity=0.8)
+    annealer = GradientAnnealing(model, 20, optimizer := sgd(model))
+    for _ in range(20):
+        one_step(model, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other = sgd(model)
+        for _ in range(25):
+            one_step(model, other)
+    assert annealer.steps == 20

@@ -111,7 +111,7 @@ class MaskedCall:
         self._known: _Known | None = None
         self._examples: list[Tensor] = []
         self._frozen = [self._source(node, placeholders) for node in gm.graph.nodes if FROZEN in node.meta]
-        self._seen_frozen = -1  # the version of the masks at which these had none
+        self._seen_frozen: tuple[int, list[int]] | None = None  # the version of the masks at which these had none
         by_name = {node.name: node for node in gm.graph.nodes}
         for node in placeholders:
             name, field = node.meta.get(STATE, (None, None))
@@ -144,9 +144,12 @@ class MaskedCall:
 
     def __call__(self, *args: Any) -> Any:
         assert self._compiled is not None
-        if self._frozen and self._seen_frozen != (version := masks.version()):
-            self._refuse_masks_of_frozen(args)
-            self._seen_frozen = version
+        if self._frozen:
+            frozen = self._weights(self._frozen, args)
+            seen = masks.version(), list(map(id, frozen))
+            if self._seen_frozen != seen:
+                _refuse_masks_of_frozen(frozen)
+                self._seen_frozen = seen
         weights = self._weights(self._sources, args)
         known = self._known  # once, since threads call a graph for weights of their own
         if known is None or not known.holds_for(weights):
@@ -163,17 +166,6 @@ class MaskedCall:
     def _weights(sources: Sequence[int | nn.Parameter], args: Sequence[Any]) -> list[nn.Parameter]:
         return [args[source] if isinstance(source, int) else source for source in sources]
 
-    def _refuse_masks_of_frozen(self, args: Sequence[Any]) -> None:
-        for weight in self._weights(self._frozen, args):
-            mask = None if isinstance(weight, FakeTensor) else masks.hidden_mask(weight)
-            if mask is not None:
-                raise RuntimeError(
-                    f"weight '{mask.weight.name}' {list(weight.shape)} was frozen when this graph was compiled, which "
-                    "so has no mask for it, and has got one since: call torch._dynamo.reset() once after the first "
-                    "step of every part of the model, or prepare the model with model = autosparse_fx.sparsify(model) "
-                    "before making the optimizer"
-                )
-
     def _look_up(self, weights: list[nn.Parameter]) -> list[Tensor]:
         if self._request is not None:
             registration.register(dict(zip(weights, self._axes, strict=True)), [], self._request)
@@ -181,3 +173,15 @@ class MaskedCall:
         for weight, shape in zip(weights, self._shapes, strict=True):
             found.extend(masks.state(weight, shape))
         return found
+
+
+def _refuse_masks_of_frozen(weights: Sequence[nn.Parameter]) -> None:
+    for weight in weights:
+        mask = None if isinstance(weight, FakeTensor) else masks.hidden_mask(weight)
+        if mask is not None:
+            raise RuntimeError(
+                f"weight '{mask.weight.name}' {list(weight.shape)} was frozen when this graph was compiled (for it, or "
+                "for another one like it), which so has no mask for it, and has got one since: call "
+                "torch._dynamo.reset() once after the first step of every part of the model, or prepare the model with "
+                "model = autosparse_fx.sparsify(model) before making the optimizer"
+            )

@@ -26,7 +26,7 @@ from autosparse_fx.annealing import GradientAnnealing
 from autosparse_fx.hidden import asked, masks
 from autosparse_fx.hidden.masks import HiddenMask, Request
 from autosparse_fx.ops import signed_sum
-from autosparse_fx.optimizers import steps_nowhere
+from autosparse_fx.optimizers import optimizer_steps, steps_nowhere
 from autosparse_fx.plan import Plan
 
 _READ = "_autosparse_read"  # the version of a gradient that a step has seen
@@ -64,7 +64,8 @@ class _Run:
         for _, mask in self._held:
             if self._twin is not None and mask.optimizer_state and mask.optimizer == type(optimizer).__name__:
                 self._twin.state[mask.threshold] = mask.optimizer_state
-        _warn_of_lost_state(optimizer, self._held)
+        if optimizer not in _runs:  # its first step in this process
+            _warn_of_lost_state(optimizer, self._held)
         self._annealers = _annealers(self._held)
         for _, mask in self._held:
             mask.trained = True
@@ -127,10 +128,13 @@ class _Run:
             self._twin.grad_scale, self._twin.found_inf = None, found_inf  # type: ignore[attr-defined]
         try:
             self._twin.step()
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             raise RuntimeError(_cannot_train(type(self._twin), error)) from error
-        if found_inf is not None:
-            del self._twin.grad_scale, self._twin.found_inf  # type: ignore[attr-defined]
+        finally:
+            if found_inf is not None:
+                del self._twin.grad_scale, self._twin.found_inf  # type: ignore[attr-defined]
         if steps_nowhere(optimizer):
             return
         self._steps += 1
@@ -159,6 +163,7 @@ def _annealers(held: list[_Held]) -> list[tuple[GradientAnnealing, list[_Held]]]
     for request, group in groups:
         history = group[0][1].plan.history
         annealer = GradientAnnealing(nn.ModuleList(m.holder(p) for p, m in group), request.total_steps)
+        optimizer_steps.leave(annealer)  # whoever else trains the weights has an annealer of its own
         annealer.continue_history(history)
         steps = max(mask.steps for _, mask in group)
         if steps == 0:  # weights that join a training: another optimizer's first step of it is one of the same round

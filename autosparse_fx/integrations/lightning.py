@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from autosparse_fx.annealing import GradientAnnealing
-from autosparse_fx.attach import masked_modules
+from autosparse_fx.attach import detach, masked_modules
 from autosparse_fx.config import AutoSparse, masking_exactly
 from autosparse_fx.integrations.run import SparseRun
 from autosparse_fx.sparsify import finalize as finalize_model
@@ -88,6 +88,7 @@ class AutoSparseCallback(_Callback):
         self._saved: dict[str, Any] | None = None
         self._load_hook: Any = None
         self._last_step = 0
+        self._is_as_saved = False  # whether the module was prepared for a test, as a checkpoint tells
         self._choosing = True  # whether ModelCheckpoint may look for the best model
 
     @property
@@ -101,7 +102,12 @@ class AutoSparseCallback(_Callback):
         if stage != "fit":
             self._load_hook = pl_module.register_load_state_dict_pre_hook(self._become_as_saved)
             return
-        _refuse_averages_before(self, trainer)
+        if self._is_as_saved:  # from a test; the training has the configuration that it asks for
+            self._is_as_saved = False
+            for _, masked in masked_modules(pl_module):
+                detach(masked)
+        if not masked_modules(pl_module):
+            _refuse_averages_before(self, trainer)
         if not self._run.finalize and not masked_modules(pl_module):
             _refuse_workers_that_keep_thresholds(trainer)
         if _overrides(pl_module, "setup") or _overrides(pl_module, "configure_model"):
@@ -191,6 +197,7 @@ class AutoSparseCallback(_Callback):
         if thresholds:
             if self._run.config is None and not masked_modules(part):
                 sparsify(part, masking_exactly(thresholds))
+                self._is_as_saved = True
             else:
                 self._run.prepare(part)
         elif masked_modules(part):
@@ -242,7 +249,7 @@ def _refuse_copies_made_in_setup(trainer: "Trainer") -> None:
     if names:
         raise ValueError(
             f"{names[0]} copies the module before its own setup and configure_model have made the layers to prepare: "
-            "make them in __init__, or sparsify the module yourself before fit"
+            "make them in __init__ (and drop these hooks), or sparsify the module yourself before fit"
         )
 
 

@@ -330,6 +330,18 @@ def test_graph_of_frozen_weights_is_not_used_for_masked_ones() -> None:
     torch.testing.assert_close(step(x), masked)
 
 
+def test_graph_of_frozen_weights_is_not_used_for_those_of_another_instance() -> None:
+    teacher, student, x = reference.mlp(), reference.mlp(), torch.randn(4, 16)
+    step = one_line(lambda model, x: model(x))
+    step(student, x)  # which gets its masks
+    teacher.requires_grad_(False)
+    torch._dynamo.reset()
+    torch.testing.assert_close(step(teacher, x), teacher(x))  # a graph without masks
+    student.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="was frozen when this graph was compiled"):
+        step(student, x)
+
+
 @GUARDED
 def test_masked_weights_that_are_frozen_keep_their_masks() -> None:
     model = reference.mlp()

@@ -4,6 +4,7 @@ import copy
 import gc
 import subprocess
 import sys
+import warnings
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -403,3 +404,17 @@ def test_a_resumed_optimizer_without_the_state_of_the_thresholds_is_a_warning(op
     third.load_state_dict(first.state_dict())
     autosparse_fx.load_state_dict(model, saved)
     step(compiled, third)
+
+
+def test_another_optimizer_may_tune_a_model_that_was_trained_in_one_line() -> None:
+    run = start(net(), prepared=False)
+    run.steps(3)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "finalize:", UserWarning)
+        autosparse_fx.finalize(run.model)
+    fine = SGD(run.model.parameters(), lr=0.01)
+    for _ in range(25):  # a warning is an error here, while the optimizer of the training is alive
+        run.model(torch.randn(4, 16)).square().mean().backward()
+        fine.step()
+        fine.zero_grad()
+    assert run.optimizer is not None

@@ -389,6 +389,14 @@ def test_checkpoint_of_a_module_that_the_user_prepared_is_tested_as_it_was_saved
             tested, loader(), ckpt_path=tmp_path / "sparse.ckpt", verbose=False
         )
     assert_equal(state(tested), state(model))
+    callback = AutoSparseCallback()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        tested = module()
+        trainer(callback, tmp_path).validate(tested, loader(), ckpt_path=tmp_path / "sparse.ckpt", verbose=False)
+    trainer(callback, tmp_path).fit(tested, loader())  # by the configuration of the callback
+    assert autosparse_fx.sparsity(tested) == pytest.approx(0.8, abs=0.005)
+    assert any(name == "model.4.weight_threshold" for name, _ in tested.named_parameters())
 
 
 def test_compiled_training(tmp_path: Path) -> None:
