@@ -311,6 +311,7 @@ def test_frozen_weights_stay_dense_until_they_are_unfrozen() -> None:
     assert_same(found, outputs_and_gradients(eager(model), model, names, x))
 
 
+@GUARDED
 def test_graph_of_frozen_weights_is_not_used_for_masked_ones() -> None:
     """As that of a critic whose generator takes the first step."""
     model, x = reference.mlp(), torch.randn(4, 16)
