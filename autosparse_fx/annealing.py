@@ -30,7 +30,6 @@ __all__ = ["GradientAnnealing"]
 
 MAX_STEPS_BETWEEN_SHIFTS = 20
 MAX_HELD_CALLS = 20  # of step() in a row that may have come after no optimizer step: GradScaler seldom skips as many
-
 MAX_UNHEARD_STEPS = 20  # of one optimizer that trains masked weights, between two that were counted
 
 _annealers: "weakref.WeakSet[GradientAnnealing]" = weakref.WeakSet()
@@ -261,7 +260,7 @@ class GradientAnnealing:
             floors = None if saved is None else [[float(target), float(floor)] for target, floor in saved]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"the history in the annealer's state is damaged ({error!r}): save annealer.state_dict()"
+                f"the history or the floors in the annealer's state are damaged ({error!r}): save annealer.state_dict()"
             ) from error
         self._count = steps
         self._controller.resume(floors)

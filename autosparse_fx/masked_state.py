@@ -6,7 +6,7 @@ steering moves). Beside all of them alpha, one 0-d float32 buffer for the whole 
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,12 @@ MASKED_NAMES = "autosparse_masked"  # in the metadata of a module's state_dict: 
 SCALE = "autosparse_scale"  # and the threshold_scale that its thresholds are for
 MASK_DTYPES = (torch.float32, torch.float64)
 ALPHA = "autosparse_alpha"  # the non-persistent buffer, shared by all masked modules of a model on one device
+
+
+def saved_thresholds(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The thresholds in a state dict, by the names of their weights; none in that of a dense or finalized model."""
+    names = [key.removesuffix("_threshold") for key in state_dict if key.endswith("_threshold")]
+    return {name: state_dict[f"{name}_threshold"] for name in names if f"{name}_offset" in state_dict}
 
 
 class MaskedState(nn.Module):

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autosparse_fx.dtensors import full_tensor, placed_like
+from autosparse_fx.dtensors import full_tensor, is_dtensor, placed_like
 from autosparse_fx.masked import MaskedModule, full_logit
 from autosparse_fx.masked_state import mask_state, stored_weight
 from autosparse_fx.plan import Slot
@@ -76,9 +76,7 @@ def masked_fraction(weights: list[SteeredWeight]) -> float:
     """The fraction of all elements of ``weights`` that is masked now, judged by the sample of an ordinary shift."""
     fractions, numels = [], []
     for weight in weights:
-        parameter = full_tensor(stored_weight(weight.module, weight.slot).detach())
-        log_cut = F.logsigmoid(full_logit(weight.module, weight.slot).float()).reshape(-1)
-        sample, cut = _sample(parameter, log_cut, weight.slot.axis, SAMPLE)
+        parameter, _, sample, cut = _read(weight, SAMPLE)
         if sample.numel():
             fractions.append((sample.abs().log() <= cut).float().mean())
             numels.append(parameter.numel())
@@ -113,16 +111,14 @@ def steer(
     samples, log_cuts, cuts, numels, sizes = [], [], [], [], []
     norms = []  # or, where nothing was gathered, what they are of
     for weight in weights:
-        stored = stored_weight(weight.module, weight.slot).detach()
-        parameter = full_tensor(stored)
-        log_cut = F.logsigmoid(full_logit(weight.module, weight.slot).float()).reshape(-1)
-        sample, sample_cut = _sample(parameter, log_cut, weight.slot.axis, limit)
-        samples.append(sample.float() if parameter is stored else sample.float().clone())  # frees what was gathered
+        parameter, log_cut, sample, sample_cut = _read(weight, limit)
+        is_gathered = is_dtensor(stored_weight(weight.module, weight.slot))
+        samples.append(sample.float().clone() if is_gathered else sample.float())  # frees what was gathered
         cuts.append(sample_cut)
         log_cuts.append(log_cut)
         numels.append(parameter.numel())
         sizes.append(sample.numel())
-        norms.append(parameter if parameter is stored else torch.linalg.vector_norm(parameter))
+        norms.append(torch.linalg.vector_norm(parameter) if is_gathered else parameter)
     finite = torch.isfinite(torch.nn.utils.get_total_norm(norms))
     device = samples[0].device
     size = torch.tensor(sizes, dtype=torch.float32).to(device, non_blocking=True)
@@ -216,6 +212,13 @@ def _cumulative(margin: Tensor, layer: Tensor, size: Tensor, low: Tensor, high: 
     counts = torch.zeros(len(size) * (BINS + 2), dtype=torch.int64, device=margin.device)
     counts.index_add_(0, index, torch.ones_like(index))
     return counts.view(len(size), -1).cumsum(1)[:, : BINS + 1].float() / size[:, None]
+
+
+def _read(weight: SteeredWeight, limit: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The whole weight and the logs of its cuts, and a sample of about ``limit`` elements with those of theirs."""
+    parameter = full_tensor(stored_weight(weight.module, weight.slot).detach())
+    log_cut = F.logsigmoid(full_logit(weight.module, weight.slot).float()).reshape(-1)
+    return parameter, log_cut, *_sample(parameter, log_cut, weight.slot.axis, limit)
 
 
 def _sample(parameter: Tensor, log_cut: Tensor, axis: int, limit: int) -> tuple[Tensor, Tensor]:

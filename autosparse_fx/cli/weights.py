@@ -9,6 +9,7 @@ from torch import nn
 
 import autosparse_fx
 from autosparse_fx.config import masking_exactly
+from autosparse_fx.masked_state import saved_thresholds
 from autosparse_fx.sparse_files import is_sparse_file
 
 
@@ -80,11 +81,7 @@ def load_weights(model: nn.Module, state: dict[str, Any], example_inputs: Any, p
         ValueError: if they do not fit the model.
     """
     weights = next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)), state)
-    masked = {
-        key.removesuffix("_threshold"): value
-        for key, value in weights.items()
-        if key.endswith("_threshold") and f"{key.removesuffix('_threshold')}_offset" in weights
-    }
+    masked = saved_thresholds(weights)
     if masked:
         saved = state.get("config")
         scale = saved["threshold_scale"] if isinstance(saved, dict) and "threshold_scale" in saved else None

@@ -14,6 +14,7 @@ from autosparse_fx.annealing import GradientAnnealing
 from autosparse_fx.attach import detach, masked_modules
 from autosparse_fx.config import AutoSparse, masking_exactly
 from autosparse_fx.integrations.run import SparseRun
+from autosparse_fx.masked_state import saved_thresholds
 from autosparse_fx.sparsify import finalize as finalize_model
 from autosparse_fx.sparsify import sparsify
 
@@ -104,15 +105,16 @@ class AutoSparseCallback(_Callback):
             return
         if self._is_as_saved:  # from a test; the training has the configuration that it asks for
             self._is_as_saved = False
-            for _, masked in masked_modules(pl_module):
+            for _, masked in masked_modules(self._part(pl_module)):
                 detach(masked)
+        makes_layers = _overrides(pl_module, "setup") or _overrides(pl_module, "configure_model")
         if not masked_modules(pl_module):
             _refuse_averages_before(self, trainer)
-        if not self._run.finalize and not masked_modules(pl_module):
-            _refuse_workers_that_keep_thresholds(trainer)
-        if _overrides(pl_module, "setup") or _overrides(pl_module, "configure_model"):
-            if not masked_modules(pl_module):
+            if not self._run.finalize:
+                _refuse_workers_that_keep_thresholds(trainer)
+            if makes_layers:
                 _refuse_copies_made_in_setup(trainer)
+        if makes_layers:
             self._prepare_after_configure_model(pl_module)  # which may still make layers
         else:
             self._run.prepare(self._part(pl_module))
@@ -188,12 +190,8 @@ class AutoSparseCallback(_Callback):
     def _become_as_saved(self, pl_module: "LightningModule", state_dict: dict[str, Any], *_: object) -> None:
         """Before a checkpoint is loaded for a test: sparse or plain, as the saved module was."""
         part, prefix = self._part(pl_module), f"{self._submodule}." if self._submodule else ""
-        thresholds = {
-            key.removesuffix("_threshold").removeprefix(prefix): value
-            for key, value in state_dict.items()
-            if key.startswith(prefix) and key.endswith("_threshold")
-            if f"{key.removesuffix('_threshold')}_offset" in state_dict
-        }
+        saved = saved_thresholds(state_dict).items()
+        thresholds = {name.removeprefix(prefix): value for name, value in saved if name.startswith(prefix)}
         if thresholds:
             if self._run.config is None and not masked_modules(part):
                 sparsify(part, masking_exactly(thresholds))
