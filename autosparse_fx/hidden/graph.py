@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from autosparse_fx._compat.dynamo_graphs import FakeTensor, placeholder_parameter
+from autosparse_fx.config import AutoSparse
 from autosparse_fx.hidden import masks, registration
 from autosparse_fx.hidden.masks import HiddenMask, Request
 from autosparse_fx.passes.find_weights import find_weights
@@ -65,10 +66,14 @@ def mark_weights(gm: GraphModule, request: Request | None) -> None:
                     "region, out of reach of its threshold: call model = autosparse_fx.sparsify(model) before making "
                     "the optimizer, and compile without the options"
                 )
-            channels = len(mask.offset) if mask.weight.config.granularity == "channel" else None
-            node.meta[WEIGHT] = MaskSpec(mask.plan.config.threshold_scale, mask.axis, channels)
+            node.meta[WEIGHT] = _mask_spec(mask.weight.config, parameter, mask.axis)
         elif request is not None and node in found and parameter.is_floating_point():
-            node.meta[WEIGHT] = MaskSpec(request.config.threshold_scale)
+            node.meta[WEIGHT] = _mask_spec(request.config, parameter, found[node])  # for other instances of its class
+
+
+def _mask_spec(config: AutoSparse, parameter: nn.Parameter, axis: int) -> MaskSpec:
+    channels = parameter.shape[axis] if config.granularity == "channel" else None
+    return MaskSpec(config.threshold_scale, axis, channels)
 
 
 def _is_looked_up_in(node: Node) -> bool:

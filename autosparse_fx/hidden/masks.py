@@ -1,5 +1,6 @@
 """The masks of weights whose model was never prepared, found by the weight itself."""
 
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,8 @@ from autosparse_fx.decay import annealed_alpha
 from autosparse_fx.masked import MaskedModule
 from autosparse_fx.ownership import holds_only_for_us
 from autosparse_fx.plan import MaskedWeight, Plan, Slot
+
+UNHEARD_CALLS = 1000  # of graphs with gradients, after which an optimizer should have stepped
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class _Registry:
     plans: Any = field(default_factory=WeakIdKeyDictionary)  # root module -> [(request, plan)]
     called: set[HiddenMask] = field(default_factory=set)  # with gradients, since the last tick
     ticks: int = 0
+    calls: int = 0  # of graphs, with gradients, since the last tick
     members: int = 0
     version: int = 0
 
@@ -104,6 +108,15 @@ def touch() -> None:
 def note_use(used: tuple[HiddenMask, ...]) -> None:
     """Note that a graph is being called that computes gradients with these masks."""
     registry.called.update(used)
+    registry.calls += 1
+    if registry.calls == UNHEARD_CALLS and used:
+        warnings.warn(
+            f"the compiled model of weight '{used[0].weight.name}' has been called {UNHEARD_CALLS} times with "
+            "gradients, and no optimizer of torch.optim has stepped that holds its weights: its thresholds are "
+            "neither trained nor steered. Evaluate under torch.no_grad(); for training by anything else than "
+            "torch.optim prepare the model with autosparse_fx.sparsify, and call the step() of a GradientAnnealing",
+            stacklevel=3,
+        )
 
 
 def tick() -> int:
@@ -112,6 +125,7 @@ def tick() -> int:
     for mask in registry.called:
         mask.used = registry.ticks
     registry.called.clear()
+    registry.calls = 0
     return registry.ticks
 
 

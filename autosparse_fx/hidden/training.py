@@ -86,19 +86,20 @@ class _Run:
         if closure and (self._held or missed):
             raise RuntimeError(_no_closure(optimizer))
         for parameter, name, again in missed:
-            if parameter.grad is not None and again:
+            if parameter.grad is None or _is_zero(parameter.grad):  # unused in this step
+                continue
+            if again:
                 raise RuntimeError(
                     f"weight '{name}' {list(parameter.shape)} was finalized, and the options that it was made sparse "
                     "by do not mask it a second time: compile the model without options to train it as it is, or with "
                     "others, or a copy of it (copy.deepcopy), to make it sparse anew"
                 )
-            if parameter.grad is not None:
-                raise RuntimeError(
-                    f"weight '{name}' {list(parameter.shape)} is trained, but no compiled graph has masked it: its "
-                    "layer ran outside the compiled model, or where torch.compile leaves a model to eager mode (an "
-                    f"nn.LSTM in it, a graph break inside a loop). {_CURE}, or leave the weight dense with "
-                    f"options={{'rules': {{{name!r}: None}}, ...}}"
-                )
+            raise RuntimeError(
+                f"weight '{name}' {list(parameter.shape)} is trained, but no compiled graph has masked it: its "
+                "layer ran outside the compiled model, or where torch.compile leaves a model to eager mode (an "
+                f"nn.LSTM in it, a graph break inside a loop). {_CURE}, or leave the weight dense with "
+                f"options={{'rules': {{{name!r}: None}}, ...}}"
+            )
 
     @torch.no_grad()
     def read(self, optimizer: Optimizer) -> None:
@@ -212,7 +213,7 @@ def _cannot_train(kind: type, error: Exception) -> str:
 
 def _refuse_dense_gradient(grad: Tensor, mask: HiddenMask) -> None:
     """Raise where a gradient is new although no graph has used the mask of its weight since the last step."""
-    if grad.__dict__.get(_READ) == grad._version or not grad.any():  # left from the last step, or never more than zero
+    if grad.__dict__.get(_READ) == grad._version or _is_zero(grad):  # left from the last step, or of no use
         return
     name = mask.weight.name
     raise RuntimeError(
@@ -222,6 +223,10 @@ def _refuse_dense_gradient(grad: Tensor, mask: HiddenMask) -> None:
         "compiled model, and raise torch._dynamo.config.recompile_limit or mark what changes as dynamic; or "
         f"{_CURE}"
     )
+
+
+def _is_zero(grad: Tensor) -> bool:
+    return not grad.is_sparse and not grad.any()
 
 
 def _warn_of_lost_state(optimizer: Optimizer, held: list[_Held]) -> None:

@@ -174,9 +174,10 @@ def test_rule_means_only_one_of_several_equal_blocks(pattern: str) -> None:
     assert_same(found, outputs_and_gradients(eager(model), model, names, X))
 
 
-def test_rule_for_the_first_block_only() -> None:
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+def test_rule_for_the_first_block_only(granularity: str) -> None:
     """The graph that all four share is compiled for a weight that stays dense."""
-    model = by_block(Blocks(), rules={"blocks.0.*": None})
+    model = by_block(Blocks(), rules={"blocks.0.*": None}, granularity=granularity)
     model(X)
     assert set(thresholds(model)) == {name for name in ALL if not name.startswith("blocks.0.")}
 

@@ -96,6 +96,22 @@ def test_module_without_any_graph_is_an_error_of_the_first_step(kind: str, in_pl
         step(model, call)
 
 
+def test_a_layer_that_no_step_has_used_is_not_missed() -> None:
+    model = nn.ModuleDict({"used": nn.Linear(16, 16), "unused": nn.LSTM(16, 16)})
+    for parameter in model["unused"].parameters():
+        parameter.grad = torch.zeros_like(parameter)  # as wrappers leave it that reduce all gradients
+
+    @torch.compile(backend="autosparse", options=options())
+    def call(x: Tensor) -> Tensor:
+        return model["used"](x)
+
+    step(model, call)
+    assert set(thresholds(model)) == {"used.weight"}
+    call = one_line(model["unused"])
+    with missed("unused.weight_ih_l0", model):
+        step(model, call)
+
+
 def test_names_are_those_of_the_whole_model() -> None:
     model = nn.Sequential(nn.Linear(16, 16), BreakInLoop())
     model[1].compile(backend="autosparse", options=options())

@@ -14,6 +14,7 @@ from torch.optim import SGD, Optimizer
 
 import autosparse_fx
 from autosparse_fx import sparsity, thresholds
+from autosparse_fx.hidden import masks
 
 # All of torch itself: where a compiled graph begins with a computed tensor.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -41,6 +42,24 @@ def test_a_masked_weight_that_no_optimizer_holds_is_named_once() -> None:
     compiled = one_line(model)
     with pytest.warns(UserWarning, match=r"holds the weight '2\.weight' \(1 masked weights in all\)") as caught:
         train(compiled, optimizer)
+    assert len(caught) == 1
+
+
+def test_a_training_by_no_torch_optimizer_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masks, "UNHEARD_CALLS", 5)
+    masks.tick()
+    model = Mlp()
+    compiled = one_line(model)
+    train(compiled, SGD(model.parameters(), lr=0.05))
+    with torch.no_grad():
+        for _ in range(20):
+            compiled(X)
+    with pytest.warns(UserWarning, match=r"'0\.weight' has been called 5 times with gradients") as caught:
+        for _ in range(30):
+            F.cross_entropy(compiled(X), Y).backward()
+            for parameter in model.parameters():
+                parameter.data.sub_(parameter.grad, alpha=0.05)
+                parameter.grad = None
     assert len(caught) == 1
 
 
