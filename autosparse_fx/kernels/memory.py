@@ -7,6 +7,8 @@ from autosparse_fx.kernels.chains import Chain
 from autosparse_fx.kernels.step_writer import StepWriter
 from autosparse_fx.kernels.steps import Buffer, Machine, Step, round_up
 
+SLACK = 4096  # bytes behind a buffer: a tile's last vectors reach beyond the last row
+
 
 def tiled_buffers(writers: Sequence[StepWriter], buffers: Sequence[Buffer]) -> dict[int, int]:
     """The buffers that can hold tile after tile, with the width of those tiles.
@@ -107,9 +109,8 @@ def place(
         lives[same.get(number, number)] = min(first, 0 if is_left else when[0]), max(last, when[-1])
     positions = [b.index for b in buffers]
     placed: list[tuple[int, int, tuple[int, int]]] = []
-    slack = 4096  # a tile's last vectors reach beyond the last row
     for number, life in sorted(lives.items(), key=lambda item: item[1]):
-        size = round_up(4 * layouts[number].floats, 64) + slack
+        size = round_up(4 * layouts[number].floats, 64) + SLACK
         at = 0
         for start, stop, other in sorted(placed):
             if life[0] <= other[1] and other[0] <= life[1] and at < stop and start < at + size:
@@ -119,6 +120,21 @@ def place(
     for number, owner in same.items():
         positions[number] = positions[owner]
     return positions, max((stop for _, stop, _ in placed), default=0)
+
+
+def place_rings(
+    steps: Sequence[Step], chains: Sequence[Chain], buffers: Sequence[Buffer], layouts: Sequence[Layout]
+) -> tuple[list[int], int]:
+    """Give the rings of each chain places of their own, in memory that each thread has one of."""
+    positions, most = [0] * len(buffers), 0
+    for chain in chains:
+        at = 0
+        for step in steps[chain.first : chain.first + chain.length - 1]:
+            if ring := layouts[step.target].ring:
+                positions[step.target] = at
+                at += round_up(4 * ring * buffers[step.target].channels, 64) + SLACK
+        most = max(most, at)
+    return positions, most
 
 
 def _in_place(

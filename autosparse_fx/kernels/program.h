@@ -44,6 +44,7 @@ struct Buffer {
   // The columns that a thread keeps at a time, in memory of its own, where the chain that alone uses the buffer is worked
   // on tile by tile; 0 for a buffer that others use.
   int64_t ring;
+  int64_t ring_index;  // byte position in that memory
 };
 
 enum Mode : int64_t {
@@ -90,6 +91,7 @@ struct Header {
   int64_t home;  // the address of a program with machine code, which can be executed nowhere else; 0 without
   int64_t is_tokens;  // units are chunks of tokens instead of images
   int64_t per_unit;  // tokens of a chunk, or the most images that one thread works on at a time
+  int64_t ring_bytes;  // that each thread needs for rings
 };
 
 // One tile of one step, as the threads of a team see it.

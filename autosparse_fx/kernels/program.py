@@ -12,7 +12,7 @@ from torch import Tensor
 
 from autosparse_fx.kernels.chains import find_chains, ring_columns
 from autosparse_fx.kernels.library import library
-from autosparse_fx.kernels.memory import images_in_buffers, layout_of, place, tiled_buffers
+from autosparse_fx.kernels.memory import images_in_buffers, layout_of, place, place_rings, tiled_buffers
 from autosparse_fx.kernels.step_writer import Blob, StepWriter
 from autosparse_fx.kernels.steps import BUFFER_KINDS, MOST_IMAGES, Buffer, Machine, Step, Window
 
@@ -51,7 +51,7 @@ def assemble(
     if is_tokens and any(step.residual >= 0 for step in steps):
         raise ValueError("programs of tokens add no residuals")
     blob = Blob()
-    header_size = 8 * 7
+    header_size = 8 * 8
     blob.add(np.zeros(header_size, np.uint8))
     chunk = machine.most_vectors * machine.vector_length if is_tokens else 0
     writers = [StepWriter(step, machine, chunk) for step in steps]
@@ -74,6 +74,7 @@ def assemble(
         for n, b in enumerate(buffers)
     ]
     positions, arena_bytes = place(steps, chains, buffers, layouts, joint_from)
+    rings_at, ring_bytes = place_rings(steps, chains, buffers, layouts)
     written = []
     for chain in chains:
         reads = 0 if chain.reads is None else blob.add(chain.reads)
@@ -82,15 +83,15 @@ def assemble(
             fields += [chain.first + chain.length - number, reads if number == chain.window else 0]
             written.append(b"".join(map(_eight_bytes, fields)))
     rows = [
-        [BUFFER_KINDS.index(b.kind), position, *astuple(layout)[:5]]
-        for b, position, layout in zip(buffers, positions, layouts, strict=True)
+        [BUFFER_KINDS.index(b.kind), position, *astuple(layout)[:5], ring_at]
+        for b, position, layout, ring_at in zip(buffers, positions, layouts, rings_at, strict=True)
     ]
     steps_at = blob.add(np.frombuffer(b"".join(written), np.uint8))
     buffers_at = blob.add(np.array(rows, np.int64))
     data = bytearray(b"".join(blob.pieces))
     memory = torch.frombuffer(data, dtype=torch.uint8)
     address = 0  # written where the program finds its place
-    header = [steps_at, len(steps), buffers_at, arena_bytes, address, int(is_tokens), chunk or side_by_side]
+    header = [steps_at, len(steps), buffers_at, arena_bytes, address, int(is_tokens), chunk or side_by_side, ring_bytes]
     memory[:header_size] = torch.tensor(header).view(torch.uint8)
     if any(writer.is_coded for writer in writers):
         memory = library().executable(memory)

@@ -116,9 +116,10 @@ extern "C" bool run_sparse_program(const char* data, const float* const* inputs,
   if (h.is_tokens && batch < per_unit * threads) {
     per_unit = ((batch + threads - 1) / threads + VL - 1) / VL * VL;  // so that every thread has some
   }
-  // What belongs to one thread: chunks of tokens, or images; the threads share the images that are too few for that.
+  // What belongs to one thread: chunks of tokens, or images; the threads share what is too little for that.
   const int64_t grain = h.is_tokens ? per_unit : 1, grains = (batch + grain - 1) / grain;
-  const int64_t apart = h.is_tokens ? grains : grains / threads * threads;
+  const int64_t apart = !h.is_tokens ? grains / threads * threads : grains < threads ? 0 : grains;
+  const int64_t at_a_time = h.is_tokens ? h.per_unit : 1;  // of what is shared
   auto edge = [&](int64_t member) { return std::min(batch, apart * member / threads * grain); };
   char* shared = edge(threads) < batch ? arena_memory.get(h.arena_bytes) : nullptr;
   Barrier barrier;
@@ -129,7 +130,7 @@ extern "C" bool run_sparse_program(const char* data, const float* const* inputs,
     if (number < 0) return {nullptr, 0, 0, 0, 0};
     const Buffer& b = buffers[number];
     if (own != nullptr && b.ring != 0) {
-      return {reinterpret_cast<float*>(own + b.index), b.ring, 1, 0, b.unit_stride, b.ring};
+      return {reinterpret_cast<float*>(own + b.ring_index), b.ring, 1, 0, b.unit_stride, b.ring};
     }
     float* base = b.kind == 0 ? reinterpret_cast<float*>(arena + b.index)
         : b.kind == 1         ? const_cast<float*>(inputs[b.index])
@@ -150,7 +151,7 @@ extern "C" bool run_sparse_program(const char* data, const float* const* inputs,
     };
     const auto [last, stop, share] = part_of(begin, data, columns_of, member, team);
     const int64_t* reads = tiles_read(*last, data);
-    char* own = stop - begin > 1 ? arena_memory.get(h.arena_bytes) : nullptr;
+    char* own = stop - begin > 1 ? ring_memory.get(h.ring_bytes) : nullptr;
     auto run = [&](const Step* s, int64_t tile, std::pair<int64_t, int64_t> rows, int64_t ring_start = 0) {
       // What the first step reads is from before the chain.
       Places places{at(s->source, s == begin ? nullptr : own), at(s->target, own), at(s->residual, own)};
@@ -197,7 +198,9 @@ extern "C" bool run_sparse_program(const char* data, const float* const* inputs,
     if (team == threads) {
       run_own(edge(member), edge(member + 1));
       if (edge(threads) < batch) barrier.wait(team);  // the shared memory is also one thread's own
-      for (int64_t i = edge(threads); i < batch; ++i) run_unit(i, 1, shared, member, team, timed);
+      for (int64_t i = edge(threads); i < batch; i += at_a_time) {
+        run_unit(i, std::min(at_a_time, batch - i), shared, member, team, timed);
+      }
     } else if (member == 0) {  // fewer threads than were asked for
       run_own(0, batch);
     }

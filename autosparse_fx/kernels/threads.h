@@ -32,7 +32,7 @@ struct Scratch {  // memory of one thread that stays for the next call
   }
   ~Scratch() { std::free(memory); }
 };
-thread_local Scratch arena_memory, tile_memory;
+thread_local Scratch arena_memory, ring_memory, tile_memory;
 
 struct Barrier {  // of the threads that share an image
   std::atomic<int64_t> arrived{0}, phase{0};
