@@ -1,6 +1,7 @@
 """Capture the graphs of a model on example inputs, without leaving a trace in it."""
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ import sympy
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.nn.utils.rnn import PackedSequence
 
 from autosparse_fx._compat import dynamo, dynamo_graphs, eager
 from autosparse_fx.hidden.graph import mark_weights
@@ -56,7 +58,13 @@ def capture(
     """
     model = eager.without_wrapper(model)
     found = Capture()
-    tensors = {id(t): name for name, t in [*model.named_buffers(), *model.named_parameters()]}
+    at_first = _full_names(model)
+    own = weakref.ref(model)  # which compiled code is not to hold
+
+    def full_names() -> dict[int, str]:
+        inside = own()  # FSDP puts others in the place of its parameters while a layer runs
+        return at_first if inside is None else at_first | _full_names(inside)
+
     inputs, symbols = _mark_dynamic(example_inputs, dynamic_shapes)
     fixed_sizes: list[str] = []
 
@@ -66,6 +74,7 @@ def capture(
         sources = {
             n.name: dynamo_graphs.placeholder_tensor(n) for n in gm.graph.nodes if n.op in ("placeholder", "get_attr")
         }
+        tensors = full_names()
         held = {name: tensors[id(t)] for name, t in sources.items() if id(t) in tensors}
         placeholders = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
         for node in captured.gm.graph.nodes:
@@ -83,6 +92,7 @@ def capture(
             node.meta.pop("grapharg", None)  # which leads to the tensors themselves
 
         def call(*args: Any) -> Any:
+            tensors = full_names()
             passed = {name: tensors[id(t)] for name, t in zip(placeholders, args, strict=True) if id(t) in tensors}
             captured.calls.append(held | passed)
             return gm.forward(*args)
@@ -105,6 +115,11 @@ def capture(
     return found
 
 
+def _full_names(model: nn.Module) -> dict[int, str]:
+    """The names of buffers and parameters, by the ids of these."""
+    return {id(t): name for name, t in [*model.named_buffers(), *model.named_parameters()]}
+
+
 def multiplied_parameters(
     model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any] | Tensor
 ) -> dict[int, int]:
@@ -121,7 +136,7 @@ def multiplied_parameters(
         return gm.forward
 
     with torch.no_grad():
-        run_captured(model, example_inputs, backend)
+        run_captured(model, unmarked(example_inputs), backend)
     return used
 
 
@@ -137,14 +152,17 @@ def _rewritten(gm: GraphModule) -> GraphModule:
 def run_captured(model: nn.Module, example_inputs: Any, backend: Callable[..., Any], *, layers: bool = False) -> None:
     """Call the model under ``backend``, and put back what that changed.
 
-    With ``layers`` also those are captured that Dynamo would leave to eager mode where code between graphs calls them.
+    The inputs are taken as they are, with the dynamic dimensions that are marked on them (see :func:`unmarked`). With
+    ``layers`` also those are captured that Dynamo would leave to eager mode where code between graphs calls them.
     """
     args, kwargs = _as_call(example_inputs)
     with _restored(model), dynamo.capturing_everything(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is to be said of the model is said where it is used
         for module in model.modules() if layers else ():
             if not module._modules and type(module).__module__.startswith(("torch.nn.", "autosparse_fx.")):
-                module._compiled_call_impl = dynamo.compile_apart(_calling(module._call_impl), backend)
+                captured = dynamo.compile_apart(_calling(module._call_impl), backend)
+                is_recurrent = isinstance(module, nn.RNNBase)
+                module._compiled_call_impl = _unpacking(module, captured) if is_recurrent else captured
         try:
             dynamo.compile_apart(_calling(model), backend)(*args, **kwargs)
         except Exception as error:
@@ -158,6 +176,20 @@ def run_captured(model: nn.Module, example_inputs: Any, backend: Callable[..., A
 def _calling(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function around one of torch's own, which Dynamo would leave alone where it is called on its own."""
     return lambda *args, **kwargs: function(*args, **kwargs)
+
+
+def _unpacking(layer: nn.RNNBase, captured: Callable[..., Any]) -> Callable[..., Any]:
+    """A call of a recurrent layer which captures, of a packed sequence, as many steps in a single one: what the layer
+    multiplies is the same, and Dynamo cannot look into the packed one."""
+
+    @torch.compiler.disable
+    def call(input: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(input, PackedSequence):
+            return captured(input, *args, **kwargs)
+        captured(input.data.unsqueeze(0 if layer.batch_first else 1))
+        return layer._call_impl(input, *args, **kwargs)
+
+    return call
 
 
 @contextmanager
@@ -190,8 +222,19 @@ def _as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (example_inputs,), {}
 
 
+def unmarked(example_inputs: Any) -> Any:
+    """The inputs without what a training may have marked as dynamic: all sizes are those of the example."""
+
+    def view(x: Any) -> Any:
+        is_marked = isinstance(x, Tensor) and any(name.startswith("_dynamo_") for name in vars(x))
+        return x.detach().requires_grad_(x.requires_grad) if is_marked else x
+
+    return eager.tree_map(view, example_inputs)
+
+
 def _mark_dynamic(example_inputs: Any, dynamic_shapes: Any) -> tuple[Any, dict[int, dict[int, str]]]:
     """Views of the inputs with their dynamic dimensions marked, and the names of those by the id of the view."""
+    example_inputs = unmarked(example_inputs)
     if dynamic_shapes is None:
         return example_inputs, {}
     args, kwargs = _as_call(example_inputs)

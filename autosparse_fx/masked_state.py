@@ -28,6 +28,11 @@ def saved_thresholds(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: state_dict[f"{name}_threshold"] for name in names if f"{name}_offset" in state_dict}
 
 
+def tells_scale(state_dict: Mapping[str, Any]) -> bool:
+    """Whether a state dict has the ``threshold_scale`` of its training, in the metadata that ``torch.save`` keeps."""
+    return any(SCALE in metadata for metadata in getattr(state_dict, "_metadata", {}).values())
+
+
 class MaskedState(nn.Module):
     """A module with masks, as far as it is state."""
 

@@ -1,5 +1,6 @@
 """FSDP2 in one process: a sharded sparse model trains exactly like the plain one. FSDP1 is refused."""
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from autosparse_fx import AutoSparse, GradientAnnealing, dense_weights, finalize, report, sparsify, sparsity, thresholds
+from autosparse_fx.integrations.run import SparseRun
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
@@ -118,9 +120,10 @@ def test_counts_thresholds_and_report_are_those_of_the_plain_model() -> None:
         ]
         assert report(sharded).parameters == report(plain).parameters
         assert "2.weight" in str(report(sharded))
+        x = torch.randn(2, 16)
+        assert [layer.cost for layer in report(sharded, x).layers] == [layer.cost for layer in report(plain, x).layers]
         for name, s in thresholds(plain).items():
             assert torch.equal(full(thresholds(sharded)[name]), s)
-        x = torch.randn(2, 16)
         assert torch.equal(sharded(x), plain(x))  # and once more after a forward
 
 
@@ -230,6 +233,17 @@ def test_finalizing_is_refused_where_only_what_is_around_the_layers_was_sharded(
     with pytest.raises(RuntimeError, match=r"(?s)fully_shard.*finalize a plain copy"):
         finalize(model)
     assert all(torch.equal(t, before[name]) for name, t in full_state(model).items())
+
+
+def test_callback_that_is_to_finalize_a_sharded_model_is_refused_before_the_training() -> None:
+    model = by_block(sparsify(reference.mlp()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for finalized in (False, True):
+        run = SparseRun(None, {}, total_steps=None, finalize=finalized)
+        with pytest.raises(ValueError, match=r"fully_shard.*plain copy") if finalized else contextlib.nullcontext():
+            run.begin(model, [optimizer], 10, step=0, saved=None)
+        if run.annealer is not None:
+            run.annealer.detach()
 
 
 def test_cure_for_finalizing_works() -> None:

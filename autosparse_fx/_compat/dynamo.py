@@ -66,13 +66,18 @@ def compile_apart(function: Callable[..., Any], backend: Callable[..., Any]) -> 
 
 
 def capturing_everything() -> Any:
-    """Within it Dynamo captures a function however often it was compiled before, recurrent layers too, and every new
-    shape anew. 2.11-2.15.
+    """Within it Dynamo captures a function however often it was compiled before, recurrent layers too, every new
+    shape anew, and no size that depends on the values. 2.11-2.15.
     """
     import torch._dynamo
 
     return torch._dynamo.config.patch(
-        recompile_limit=2**31, accumulated_recompile_limit=2**31, allow_rnn=True, automatic_dynamic_shapes=False
+        recompile_limit=2**31,
+        accumulated_recompile_limit=2**31,
+        allow_rnn=True,
+        automatic_dynamic_shapes=False,
+        capture_dynamic_output_shape_ops=False,
+        capture_scalar_outputs=False,
     )
 
 

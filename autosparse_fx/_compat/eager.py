@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import (
     is_traceable_wrapper_subclass as is_traceable_wrapper_subclass,  # whether a tensor holds others. 2.11-2.15.
 )
 from torch.utils._pytree import tree_leaves as tree_leaves  # the tensors in nested arguments. 2.11-2.15.
+from torch.utils._pytree import tree_map as tree_map  # the same, each replaced. 2.11-2.15.
 
 # The base classes of all convolutions, transposed ones included, and of the transposed ones. 2.11-2.15.
 ConvNd, ConvTransposeNd = _ConvNd, _ConvTransposeNd

@@ -1,6 +1,8 @@
 """Saved weights, read without running any code that the file may hold."""
 
+import copy
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ from torch import nn
 
 import autosparse_fx
 from autosparse_fx.config import masking_exactly
-from autosparse_fx.masked_state import saved_thresholds
+from autosparse_fx.masked_state import saved_thresholds, tells_scale
 from autosparse_fx.sparse_files import is_sparse_file
 
 
@@ -85,8 +87,16 @@ def load_weights(model: nn.Module, state: dict[str, Any], example_inputs: Any, p
     if masked:
         saved = state.get("config")
         scale = saved["threshold_scale"] if isinstance(saved, dict) and "threshold_scale" in saved else None
+        if scale is None and not tells_scale(weights) and any(bool(threshold.any()) for threshold in masked.values()):
+            print(
+                f"{str(path)!r} does not tell the threshold_scale of its training, which is taken to be the default, "
+                f"{autosparse_fx.AutoSparse().threshold_scale}: if it was another, all sparsities are wrong, and "
+                "torch.save(model.state_dict(), ...) or autosparse_fx.save_sparse writes a file that tells it",
+                file=sys.stderr,
+            )
         autosparse_fx.sparsify(model, masking_exactly(masked, scale), example_inputs=example_inputs)
     own = model.state_dict()
+    weights = _with_shared(weights, own)
     misfits = [f"{key} is missing" for key in own if key not in weights]
     misfits += [f"{key} is not in the model" for key in weights if key not in own]
     misfits += [
@@ -102,6 +112,17 @@ def load_weights(model: nn.Module, state: dict[str, Any], example_inputs: Any, p
     model.load_state_dict(weights)
     if isinstance(state.get("thresholds"), dict):
         autosparse_fx.load_state_dict(model, state["thresholds"])
+
+
+def _with_shared(weights: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """The weights under all names of the model's own tensors, of which safetensors keeps one."""
+    complete = copy.copy(weights)  # with its metadata
+    kept = {(t.data_ptr(), t.shape): key for key, t in own.items() if key in weights and t.numel()}
+    for key, tensor in own.items():
+        other = kept.get((tensor.data_ptr(), tensor.shape))
+        if key not in weights and other is not None:
+            complete[key] = weights[other]
+    return complete
 
 
 def _shape(value: Any) -> list[int] | str:

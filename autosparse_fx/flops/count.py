@@ -22,9 +22,11 @@ aten = torch.ops.aten
 _KEEPS_ZEROS = frozenset(
     {
         *(torch.ops.autosparse.threshold_mask, aten.clone, aten._to_copy, aten.copy, aten.cat, aten.stack),
-        *(aten.constant_pad_nd, aten.neg, aten.flip, aten.roll, aten.repeat, aten.index_select),
+        *(aten.constant_pad_nd, aten.neg, aten.flip, aten.roll, aten.repeat, aten.index_select, aten.index),
+        aten._unsafe_view,
     }
 )
+_SCALES = frozenset({aten.mul, aten.div})  # and these, by a number
 
 
 def count_flops(
@@ -61,6 +63,12 @@ def count_captured(captured: Capture) -> ModelFlops:
     names = {symbol: size_symbol(name) for symbol, name in captured.names.items()}
     _refuse_fixed_sizes(captured)
     products = [replace(p, macs=_readable(p.macs.xreplace(names))) for p in products]
+    unknown = {str(size) for p in products for size in p.macs.free_symbols} - set(captured.names.values())
+    if unknown:
+        raise ValueError(
+            f"the model multiplies by tensors whose sizes depend on what it computes ({', '.join(sorted(unknown))}): "
+            "what that costs cannot be counted"
+        )
     return ModelFlops(tuple(products), len(captured.graphs), tuple(captured.breaks), captured.sizes)
 
 
@@ -220,13 +228,19 @@ class _Recorder(TorchDispatchMode):
 
     def follow(self, func: Any, inputs: Iterable[Any], outputs: Any) -> None:
         """Derive what is known of the outputs of an operator from what is known of its inputs."""
-        traces = [self._trace(t) for t in inputs if isinstance(t, Tensor)]
         packet = getattr(func, "overloadpacket", None)
+        tensors = [t for t in inputs if isinstance(t, Tensor)]
+        traces = [self._trace(t) for t in tensors]
         weights: tuple[tuple[str, int], ...] = ()
         if packet is torch.ops.autosparse.threshold_mask:
             weights = traces[0].weights
-        elif func is not None and (packet in _KEEPS_ZEROS or func.is_view) and all(trace.weights for trace in traces):
-            weights = tuple(dict.fromkeys(weight for trace in traces for weight in trace.weights))
+        elif func is not None and (packet in _KEEPS_ZEROS or func.is_view):
+            # all of what is joined, and of what is indexed without the indices
+            kept = [trace for trace, t in zip(traces, tensors, strict=True) if t.is_floating_point() or t.is_complex()]
+            if all(trace.weights for trace in kept):
+                weights = tuple(dict.fromkeys(weight for trace in kept for weight in trace.weights))
+        elif packet in _SCALES and tensors[0].dim() and all(t.dim() == 0 for t in tensors[1:]):
+            weights = traces[0].weights
         data = any(trace.data for trace in traces)
         parameter = not data and any(trace.parameter for trace in traces)
         needs_grad = self.grad_enabled and any(trace.needs_grad for trace in traces) and packet is not aten.detach

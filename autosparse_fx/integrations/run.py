@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from autosparse_fx._compat import eager
 from autosparse_fx.annealing import GradientAnnealing
 from autosparse_fx.attach import masked_modules
 from autosparse_fx.config import AutoSparse
@@ -94,11 +95,16 @@ class SparseRun:
             saved: what :meth:`state` returned, if a checkpoint was loaded that has it.
 
         Raises:
-            ValueError: if the training cannot go on from there; says why.
+            ValueError: if the training cannot go on from there, or the model not be finalized at its end; says why.
         """
         config = _config_of(model)
         if config is None:
             raise ValueError(f"{type(model).__name__} is not sparse when its training begins")
+        if self.finalize and any(eager.is_managed_by_fsdp(module) for _, module in masked_modules(model)):
+            raise ValueError(
+                "AutoSparseCallback(finalize=True) cannot finalize a model that fully_shard has sharded: leave "
+                "finalize out, and finalize a plain copy of the model that has loaded the full state_dict"
+            )
         optimizer = _holder(model, optimizers)
         if saved is None and step > 0:
             raise ValueError(

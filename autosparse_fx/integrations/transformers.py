@@ -93,6 +93,7 @@ class AutoSparseCallback(TrainerCallback, ExportableState):
         optimizer: Optimizer,
         **kwargs: object,
     ) -> None:
+        _go_first(self)  # again, since a resume with restore_callback_states_from_checkpoint puts it behind the others
         if not masked_modules(model):
             raise ValueError(
                 "the model is not sparse when the training begins, and its optimizer has been made: pass "

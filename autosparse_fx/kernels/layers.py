@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from autosparse_fx.capture import run_captured
+from autosparse_fx.capture import run_captured, unmarked
 from autosparse_fx.inference import inference_graph, with_state_as_inputs
 from autosparse_fx.kernels.choice import CHOICE, Choice
 from autosparse_fx.kernels.program import Window
@@ -70,7 +70,7 @@ def layers(model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any] |
         return gm.forward
 
     with torch.no_grad():
-        run_captured(model, example_inputs, backend)
+        run_captured(model, unmarked(example_inputs), backend)
     return found
 
 

@@ -34,11 +34,21 @@ def made_by_user() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
 
 
+def tied_by_user() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    return model
+
+
 @pytest.fixture
 def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     (tmp_path / "my_models.py").write_text(
         "import torch\n"
         "def make():\n    return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))\n"
+        "def make_tied():\n"
+        "    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 4))\n"
+        "    model[2].weight = model[0].weight\n"
+        "    return model\n"
         "def tokens():\n    return torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Linear(4, 10))\n"
         "number = int\n"
     )
@@ -257,6 +267,41 @@ def test_weights_in_a_sparse_file(capsys: pytest.CaptureFixture[str], user_modul
     save_sparse(sparse, "sparse.safetensors")
     out = run(capsys, "report", f"{user_module}:make", "--input", "3x4", "--weights", "sparse.safetensors", "--json")
     assert json.loads(out)["sparsity"] == sparsity(sparse) > 0
+
+
+def test_safetensors_file_that_does_not_tell_the_scale_is_told_of(
+    capsys: pytest.CaptureFixture[str], user_module: str
+) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    given = ("report", f"{user_module}:make", "--input", "3x4", "--weights")
+    sparse = sparsify(made_by_user(), AutoSparse(threshold_init=-3.0))
+    safetensors.save_model(sparse, "untrained.safetensors")
+    assert main([*given, "untrained.safetensors"]) == 0
+    assert "threshold_scale" not in capsys.readouterr().err
+    with torch.no_grad():
+        sparse[0].weight_threshold.fill_(2.0)
+    safetensors.save_model(sparse, "trained.safetensors")
+    torch.save(sparse.state_dict(), "trained.pt")
+    assert main([*given, "trained.safetensors"]) == 0
+    assert "'trained.safetensors' does not tell the threshold_scale" in capsys.readouterr().err
+    assert main([*given, "trained.pt"]) == 0
+    assert "threshold_scale" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_sparse", [True, False])
+def test_safetensors_file_of_tied_weights(
+    capsys: pytest.CaptureFixture[str], user_module: str, is_sparse: bool
+) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    model = tied_by_user()
+    if is_sparse:
+        sparsify(model, AutoSparse(threshold_init=-3.0))
+    else:
+        with torch.no_grad():
+            model[0].weight[0] = 0
+    safetensors.save_model(model, "tied.safetensors")
+    out = run(capsys, "report", f"{user_module}:make_tied", "--input", "3x4", "--weights", "tied.safetensors", "--json")
+    assert json.loads(out)["sparsity"] == sparsity(model) > 0
 
 
 def test_weights_in_an_ordinary_safetensors_file(capsys: pytest.CaptureFixture[str], user_module: str) -> None:

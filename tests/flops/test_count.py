@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from flops.compare import Around, Count, count, numbers
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
 from autosparse_fx.flops import count_flops
@@ -30,6 +31,34 @@ def test_the_first_layer_gives_no_gradient_to_its_input() -> None:
     model = two(lambda self, x: self.b(self.a(x)))
     assert count(model, X) == (64, 40, 64)
     assert count(model, X.clone().requires_grad_()) == (64, 64, 64)
+
+
+@pytest.mark.parametrize(("kind", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
+@pytest.mark.parametrize("is_sorted", [True, False])
+def test_packed_sequences_cost_what_is_in_them(kind: type[nn.RNNBase], gates: int, is_sorted: bool) -> None:
+    def function(self: Any, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=is_sorted)
+        return self.head(pad_packed_sequence(self.rnn(packed)[0])[0])
+
+    model = Around(function, rnn=kind(4, 6, batch_first=True), head=nn.Linear(6, 2))
+    lengths = torch.tensor([7, 4, 2] if is_sorted else [2, 7, 4])
+    assert count(model, (torch.randn(3, 7, 4), lengths)).forward == 13 * gates * 6 * (4 + 6) + 21 * 6 * 2
+    (x, *_) = packed = pack_padded_sequence(torch.randn(7, 3, 4), lengths, enforce_sorted=is_sorted)
+    assert len(x) == 13 and count(kind(4, 6), (packed,)).forward == 13 * gates * 6 * (4 + 6)
+
+
+def test_dynamic_dimensions_that_a_training_has_marked_have_the_sizes_of_the_example() -> None:
+    x = X.clone()
+    torch._dynamo.mark_dynamic(x, 0)
+    model = two(lambda self, x: self.b(self.a(x)))
+    assert count(model, x) == count(model, X)
+
+
+def test_sizes_that_depend_on_values_are_those_of_the_example() -> None:
+    model = two(lambda self, x: self.b(self.a(x)[(x[:, 0] > 0).nonzero().flatten()]))
+    x = torch.tensor([[1.0, 2, 3], [-1, 2, 3]])
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
+        assert count(model, x).forward == 24 + 20
 
 
 def test_frozen_layers_have_no_weight_gradient() -> None:

@@ -105,10 +105,32 @@ def density(function: Any, x: Tensor) -> sympy.Expr:
         (lambda self, x: x @ (-self.w).flip(0).T, 0.5),
         (lambda self, x: x @ torch.cat([self.w, self.v]).T, 1 - 12 / 32),
         (lambda self, x: x @ self.w.repeat(2, 1).T, 0.5),
+        (lambda self, x: x @ self.w.view(3, 2, 4).transpose(0, 1).reshape(6, 4).T, 0.5),
+        (lambda self, x: torch.einsum("bi,hdi->bhd", x, self.w.view(3, 2, 4).transpose(0, 1)), 0.5),
+        (lambda self, x: x @ self.w[torch.tensor([4, 0, 2])].T, 0.5),
+        (lambda self, x: x @ self.w.index_select(0, torch.tensor([4, 0, 2])).T, 0.5),
+        (lambda self, x: x @ (2 * self.w / 3).T, 0.5),
+        (lambda self, x: x @ (2 / self.w).T, 1.0),
         (lambda self, x: x @ (self.w + 1).T, 1.0),  # no zeros any more
         (lambda self, x: x @ self.w.cumsum(0).T, 1.0),
     ],
-    ids=["t", "view", "cast", "slice", "flip", "cat", "repeat", "sum", "cumsum"],
+    ids=[
+        "t",
+        "view",
+        "cast",
+        "slice",
+        "flip",
+        "cat",
+        "repeat",
+        "copying reshape",
+        "einsum",
+        "index",
+        "index_select",
+        "scaled",
+        "inverse",
+        "sum",
+        "cumsum",
+    ],
 )
 def test_zeros_are_followed_through_what_keeps_them(function: Any, expected: float) -> None:
     assert density(function, torch.randn(5, 4)) == expected

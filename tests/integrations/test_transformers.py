@@ -109,6 +109,16 @@ def test_bfloat16_autocast_and_activation_checkpointing(tmp_path: Path) -> None:
     assert autosparse_fx.sparsity(model) == pytest.approx(0.8, abs=0.005)
 
 
+class Logged(transformers.TrainerCallback):
+    """What a logger sees, such as that of TensorBoard."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, float]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.seen.append(dict(logs))
+
+
 @pytest.mark.parametrize("options", [{}, {"restore_callback_states_from_checkpoint": True}])
 @pytest.mark.parametrize("granularity", ["layer", "channel"])
 def test_resumed_equals_unbroken(granularity: str, options: dict[str, Any], tmp_path: Path) -> None:
@@ -120,11 +130,13 @@ def test_resumed_equals_unbroken(granularity: str, options: dict[str, Any], tmp_
     trainer(unbroken, tmp_path, callback(), **options).train()
 
     resumed = gpt2()
-    run = trainer(resumed, tmp_path, callback(), **options)
+    logged = Logged()
+    run = trainer(resumed, tmp_path, callback(), logged, **options)
     run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-13"))
     (last,) = (c for c in run.callback_handler.callbacks if isinstance(c, AutoSparseCallback))
     assert last.annealer.steps == STEPS
     assert last.annealer.history.records[0].step == 1
+    assert logged.seen and all("sparsity" in logs for logs in logged.seen if "loss" in logs)
     assert_equal(state(resumed), state(unbroken))
     assert resumed.lm_head.weight_offset is resumed.transformer.wte.weight_offset
 
