@@ -14,7 +14,7 @@ from autosparse_fx.kernels.choice import lacking
 
 # What is looked at of every weight at every call, without the interpreter's help: that shows where a model takes
 # milliseconds.
-_VERSION, _FIRST = operator.attrgetter("_version"), operator.itemgetter(0)
+_VERSION, _ADDRESS, _FIRST = operator.attrgetter("_version"), operator.methodcaller("data_ptr"), operator.itemgetter(0)
 ROWS = 16  # of a weight, at least, by which its zeros are judged
 
 
@@ -25,7 +25,7 @@ class Compiled:
         tensors: weights and buffers.
         function: what to call.
         arguments: the numbers of the arguments that the function takes.
-        versions: of the tensors whose writes matter, by their numbers.
+        versions: of the tensors whose writes matter, by their numbers (see :func:`versions_of`).
         is_frozen: whether the tensors are constants of the function. It is for these alone then, and for all tensors
             that come with the same parameters otherwise.
         rewrites: how often constants had to be given up for these parameters.
@@ -38,7 +38,7 @@ class Compiled:
         tensors: Sequence[Tensor],
         function: Callable[..., Any],
         arguments: Sequence[int],
-        versions: dict[int, int],
+        versions: dict[int, tuple[int, int]],
         *,
         is_frozen: bool,
         rewrites: int,
@@ -51,7 +51,8 @@ class Compiled:
         constants = [number for number in range(len(tensors)) if number not in moving]
         self._own = constants if is_frozen else self._parameters
         self._watched = [number for number in versions if number not in moving]
-        self._versions = [versions[number] for number in self._watched]
+        self._versions = [versions[number][0] for number in self._watched]
+        self._addresses = [versions[number][1] for number in self._watched]
         self._probes = _probes([tensors[number] for number in constants]) if is_frozen else []
         self._probed = list(map(_FIRST, self._probes))
         self._gone: list[object] = []
@@ -67,7 +68,8 @@ class Compiled:
         """Whether it is for these tensors, as they are now."""
         if not self.is_for(tensors):
             return False
-        is_same = self._versions == list(map(_VERSION, map(tensors.__getitem__, self._watched)))
+        watched = list(map(tensors.__getitem__, self._watched))
+        is_same = self._versions == list(map(_VERSION, watched)) and self._addresses == list(map(_ADDRESS, watched))
         return is_same and self._probed == list(map(_FIRST, self._probes))
 
     def has_parameters_of(self, tensors: Sequence[Tensor]) -> bool:
@@ -76,7 +78,8 @@ class Compiled:
 
     def changed_buffers(self, tensors: Sequence[Tensor]) -> frozenset[int]:
         """Which constants are others now, or were written to, where all of these are buffers."""
-        then, now = dict(zip(self._watched, self._versions, strict=True)), versions_of(tensors)
+        versions = zip(self._versions, self._addresses, strict=True)
+        then, now = dict(zip(self._watched, versions, strict=True)), versions_of(tensors)
         changed = {
             number
             for number in self._own
@@ -98,9 +101,11 @@ def may_run_sparse(tensor: Tensor) -> bool:
     return tensor.dim() >= 2 and not lacking(tensor)
 
 
-def versions_of(tensors: Sequence[Tensor]) -> dict[int, int]:
-    """How often each tensor was written to, by its number; of those whose writes autograd counts."""
-    return {number: tensor._version for number, tensor in enumerate(tensors) if not tensor.is_inference()}
+def versions_of(tensors: Sequence[Tensor]) -> dict[int, tuple[int, int]]:
+    """How often each tensor was written to and where it lies, which ``tensor.data = ...`` changes, by its number; of
+    those whose writes autograd counts."""
+    watched = [(number, tensor) for number, tensor in enumerate(tensors) if not tensor.is_inference()]
+    return {number: (tensor._version, tensor.data_ptr()) for number, tensor in watched}
 
 
 def zeros_of(tensors: Sequence[Tensor]) -> dict[int, int]:

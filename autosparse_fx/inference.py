@@ -88,7 +88,12 @@ def inference_graph(gm: GraphModule, state: Iterable[Tensor]) -> GraphModule | s
     if any(is_traceable_wrapper_subclass(value) for value in [*state, *dynamo_graphs.graph_inputs(gm)]):
         return "its graph computes with tensors of a subclass"
     graph = aot_autograd.inference_graph(gm)
-    return "its graph writes to an input or a buffer" if graph is None else graph
+    if graph is None:
+        return "its graph writes to an input or a buffer"
+    strided = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.as_strided.default)
+    if any(node.args[0].op != "placeholder" for node in strided):
+        return "its graph takes a computed tensor by its strides (as_strided), which sparse layers may change"
+    return graph
 
 
 def _holds_zeros(tensor: Tensor) -> bool:
@@ -178,7 +183,7 @@ class FrozenGraph:
             self._keep(tensors, Compiled(tensors, dense, arguments, versions, is_frozen=True, rewrites=0))
 
     def _keep_dense(
-        self, tensors: Sequence[Tensor], versions: dict[int, int], zeros: dict[int, int], *, rewrites: int
+        self, tensors: Sequence[Tensor], versions: dict[int, tuple[int, int]], zeros: dict[int, int], *, rewrites: int
     ) -> None:
         assert self._dense is not None
         watched = {number: version for number, version in versions.items() if number in zeros}

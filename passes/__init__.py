@@ -9,10 +9,12 @@ from autosparse_fx.passes.fold_batch_norm import fold_batch_norm
 from autosparse_fx.passes.fold_constants import fold_constants
 from autosparse_fx.passes.fuse_sparse_programs import fuse_sparse_programs
 from autosparse_fx.passes.insert_masks import insert_masks
+from autosparse_fx.passes.keep_formats import keep_formats
 from autosparse_fx.passes.lower_sparse_conv import lower_sparse_conv
 from autosparse_fx.passes.lower_sparse_linear import lower_sparse_linear
 from autosparse_fx.passes.open_encoder_layers import open_encoder_layers
 from autosparse_fx.passes.remove_dead_channels import remove_dead_channels
+from autosparse_fx.passes.reshape_views import reshape_views
 from autosparse_fx.passes.tag_recompute import tag_recompute
 
 # Each rewrites a graph in place, changes nothing when run again, and returns how many changes it made.
@@ -21,6 +23,7 @@ DYNAMO_PASSES: tuple[Callable[[GraphModule], int], ...] = (insert_masks, dedupe_
 JOINT_PASSES: tuple[Callable[[GraphModule], int], ...] = (tag_recompute,)
 # These run on a graph of ATen operators whose weights are constants: inference, under no_grad.
 INFERENCE_PASSES: tuple[Callable[[GraphModule], int], ...] = (
+    keep_formats,
     open_encoder_layers,
     fold_constants,
     fold_batch_norm,
@@ -28,6 +31,7 @@ INFERENCE_PASSES: tuple[Callable[[GraphModule], int], ...] = (
     lower_sparse_conv,
     lower_sparse_linear,
     fuse_sparse_programs,
+    reshape_views,
 )
 
 __all__ = [
@@ -39,9 +43,11 @@ __all__ = [
     "fold_constants",
     "fuse_sparse_programs",
     "insert_masks",
+    "keep_formats",
     "lower_sparse_conv",
     "lower_sparse_linear",
     "open_encoder_layers",
     "remove_dead_channels",
+    "reshape_views",
     "tag_recompute",
 ]

@@ -37,9 +37,13 @@ inline void each_piece(const Step& s, const Place& x, Tile t, F f) {
 // Packs the channels of a block for a tile, and returns where the tile starts in it.
 const char* pack(const Step& s, const Block& b, const Place& x, const Pick* picks, float* packed, Tile t) {
   if (s.mode == PLAIN && x.column_stride != 1) {
+    const int64_t channels = b.channel1 - b.channel0, beyond = (VL - t.columns % VL) % VL;
     each_piece(s, x, t, [&](int64_t first, int64_t at, int64_t count) {
-      turn(x.data + at + b.channel0, x.column_stride, packed + first, s.channel_stride, count, b.channel1 - b.channel0);
+      turn(x.data + at + b.channel0, x.column_stride, packed + first, s.channel_stride, count, channels);
     });
+    for (int64_t c = 0; beyond > 0 && c < channels; ++c) {  // numbers as small as can be there slow some processors down
+      std::fill_n(packed + c * s.channel_stride + t.columns, beyond, 0.0f);
+    }
     return reinterpret_cast<const char*>(packed);
   }
   if (s.mode == PLAIN) {

@@ -118,7 +118,9 @@ extern "C" bool run_sparse_program(const char* data, const float* const* inputs,
   }
   // What belongs to one thread: chunks of tokens, or images; the threads share what is too little for that.
   const int64_t grain = h.is_tokens ? per_unit : 1, grains = (batch + grain - 1) / grain;
-  const int64_t apart = !h.is_tokens ? grains / threads * threads : grains < threads ? 0 : grains;
+  const int64_t rest = grains % threads;
+  const bool shares = h.is_tokens ? grains < threads : 4 * rest <= 3 * threads;
+  const int64_t apart = !shares ? grains : h.is_tokens ? 0 : grains - rest;
   const int64_t at_a_time = h.is_tokens ? h.per_unit : 1;  // of what is shared
   auto edge = [&](int64_t member) { return std::min(batch, apart * member / threads * grain); };
   char* shared = edge(threads) < batch ? arena_memory.get(h.arena_bytes) : nullptr;

@@ -119,9 +119,10 @@ class StepWriter:
             return "depthwise"
         if groups == 1 and (self.rows >= GATHER_ROWS or self.kernel == (1, 1)):
             return "gathered"
-        # In a grid is all that lies between the taps, and of images wider than the tile most of it is read by none.
+        # In a grid is all that lies between the taps: of images wider than the tile most of it is read by none, and of
+        # images side by side it is the next one's.
         packed = grid(window, self.kernel, width, self.machine.vector_length)
-        return "gathered" if packed.floats > gathered(window, self.kernel, width).floats else "grid"
+        return "gathered" if self.images or packed.floats > gathered(window, self.kernel, width).floats else "grid"
 
     def _default_block_channels(self) -> int:
         if self.is_coded:

@@ -76,6 +76,42 @@ def test_channels_last_inputs_and_models(name: str) -> None:
         check(compiled(model), model, x[:, :, ::2, 1:])
 
 
+def detection_head(m: Any, x: Tensor) -> tuple[Tensor, ...]:
+    """What behind the convolutions relies on where they put their results."""
+    y = F.relu(m.first(x))
+    batch, _, height, width = y.shape
+    boxes = m.second(y).view(batch, -1, 4, height, width).permute(0, 3, 4, 1, 2).reshape(batch, -1, 4)
+    return boxes, y, 2 * y, y.permute(0, 2, 3, 1), m.linear(y.permute(0, 2, 3, 1)), y.permute(0, 2, 3, 1).view(-1)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["plain model", "channels-last model"])
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_results_lie_in_memory_as_in_eager_mode(channels_last: bool, dynamic: bool | None, seen: Seen) -> None:
+    model = prune(
+        Function(
+            detection_head,
+            first=nn.Conv2d(16, 128, 3, padding=1),
+            second=nn.Conv2d(128, 36, 3, padding=1),
+            linear=nn.Linear(128, 64),
+        )
+    )
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    x = torch.randn(2, 24, 20, 16).permute(0, 3, 1, 2)  # an image as most libraries load it
+    fast = compiled(model, dynamic=dynamic)
+    with torch.no_grad():
+        for found, expected in zip(fast(x), model(x), strict=True):
+            assert_same(found, expected)
+            assert found.stride() == expected.stride()
+    assert dynamic or seen.programs > 0
+
+
+def test_results_taken_by_their_strides_come_from_dense_layers(seen: Seen) -> None:
+    model = prune(Function(lambda m, x: m.a(x).as_strided((2, 8, 4), (1792, 56, 1)), a=nn.Conv2d(16, 32, 3, padding=1)))
+    check(compiled(model), model, X.to(memory_format=torch.channels_last))
+    assert seen.programs == 0
+
+
 def test_batch_of_none() -> None:
     model = made()
     with torch.no_grad():

@@ -42,6 +42,13 @@ def writes(model: nn.Module) -> dict[str, Callable[[], Any]]:
         with torch.no_grad():
             weight[0, 0] = 3.0
 
+    def other_data() -> None:
+        """Which autograd does not count either."""
+        nn.utils.vector_to_parameters(2 * nn.utils.parameters_to_vector([weight]), [weight])
+
+    def rounded() -> None:
+        model.bfloat16().float()
+
     def through_detach() -> None:
         weight.detach().mul_(2.0)
 
@@ -58,6 +65,8 @@ def writes(model: nn.Module) -> dict[str, Callable[[], Any]]:
         "zero_": no_grad(weight.zero_),
         "view": through_a_view,
         "detach": through_detach,
+        "other data": other_data,
+        "rounded": rounded,
         "bias": no_grad(lambda: model.second.bias.add_(1.0)),
         "load_state_dict": lambda: model.load_state_dict(prune(Stack()).state_dict()),
         "assign": lambda: model.load_state_dict(prune(Stack()).state_dict(), assign=True),

@@ -71,6 +71,15 @@ def test_layers_in_blocks() -> None:
         net.check([net.layer(x, 60, block_channels=9)], 4)
 
 
+@pytest.mark.parametrize("dilation", [12, 17, 24, 30])
+@pytest.mark.parametrize("batch", [2, 4, 9])
+def test_windows_as_wide_as_the_image_see_no_other(batch: int, dilation: int) -> None:
+    net = Net()
+    x = net.input(88, 8)
+    with threads(1):
+        net.check([net.layer(x, 88, 3, padding=dilation, dilation=dilation, density=0.2)], batch)
+
+
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("kernel, dilation", [(2, 1), (3, 2), (5, 1)])
 def test_windows(kernel: int, dilation: int, stride: int) -> None:
