@@ -3,12 +3,13 @@
 from autosparse_fx.advise import advise
 from autosparse_fx.annealing import GradientAnnealing
 from autosparse_fx.config import AutoSparse
+from autosparse_fx.dense import dense_weights
 from autosparse_fx.hidden.state import load_state_dict, state_dict
 from autosparse_fx.inference import repack
 from autosparse_fx.optimizers import param_groups
 from autosparse_fx.report import SparsityReport, report, sparsity, thresholds
 from autosparse_fx.sparse_files import SparseFileError, load_sparse, save_sparse
-from autosparse_fx.sparsify import dense_weights, finalize, sparsify
+from autosparse_fx.sparsify import finalize, sparsify
 from autosparse_fx.view.visualize import visualize
 
 __all__ = [

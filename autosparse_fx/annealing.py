@@ -24,6 +24,7 @@ from autosparse_fx.optimizers import (
     unwrapped,
     warn_of_late_weights,
     warn_of_untrained_parameters,
+    warn_of_zeros_that_stay,
 )
 
 __all__ = ["GradientAnnealing"]
@@ -60,15 +61,16 @@ class GradientAnnealing:
         history: alpha, sparsity and cuts over the training; see :class:`~autosparse_fx.history.History`.
 
     Raises:
-        ValueError: if the model is not sparse, ``total_steps`` is not positive, weights were tied or untied outside of
-            ``dense_weights``, or momentum is to be cleared without an optimizer or in sharded weights.
+        ValueError: if the model is not sparse, ``total_steps`` is not positive, a target is out of reach, weights were
+            tied or untied outside of ``dense_weights``, or momentum is to be cleared without an optimizer or in sharded
+            weights.
         TypeError: if ``optimizer`` is not an optimizer, or a wrapper that hides the hooks of the one in it.
 
     Warns:
-        UserWarning: if a layer joined the model after ``sparsify``, and so is dense; if an annealer of more of the
-            model is stopped for this one; at the second step, if masked weights or thresholds are in none of the
-            optimizers that have stepped by then; and if another optimizer trains masked weights for 20 steps without
-            one that counts.
+        UserWarning: if a layer joined the model after ``sparsify``, and so is dense; if alpha is 0 throughout and a
+            weight holds nothing but zeros, which no gradient reaches; if an annealer of more of the model is stopped
+            for this one; at the second step, if masked weights or thresholds are in none of the optimizers that have
+            stepped by then; and if another optimizer trains masked weights for 20 steps without one that counts.
     """
 
     def __init__(
@@ -80,7 +82,7 @@ class GradientAnnealing:
         clear_momentum: bool = False,
     ) -> None:
         modules = masked_modules(model)
-        if not modules:
+        if not any(module._autosparse_slots for _, module in modules):
             raise ValueError(f"{type(model).__name__} is not sparse: call autosparse_fx.sparsify(model) first")
         if isinstance(total_steps, bool) or not hasattr(total_steps, "__index__") or total_steps <= 0:
             raise ValueError(f"total_steps must be a positive number of optimizer steps, got {total_steps!r}")
@@ -96,7 +98,11 @@ class GradientAnnealing:
         if clear_momentum:
             check_momentum_can_be_cleared(modules, optimizer)
         refuse_broken_ties(model)
+        controller = Controller(configs[0])
+        controller.check(module for _, module in modules)
         warn_of_late_weights(model)
+        if configs[0].alpha == 0:
+            warn_of_zeros_that_stay(modules)
         self.total_steps = operator.index(total_steps)
         self._config = configs[0]
         self._plans = list(plans.values())
@@ -109,7 +115,7 @@ class GradientAnnealing:
         self._warned_of_order = False
         self._held_calls = 0
         self._sees_steps: bool | None = None  # unknown until the first that it sees, or should have seen
-        self._controller = Controller(self._config)
+        self._controller = controller
         self._unchecked_steps = 2
         self._optimizer = optimizer
         self._handle: Any = None

@@ -161,8 +161,9 @@ def run_captured(model: nn.Module, example_inputs: Any, backend: Callable[..., A
         for module in model.modules() if layers else ():
             if not module._modules and type(module).__module__.startswith(("torch.nn.", "autosparse_fx.")):
                 captured = dynamo.compile_apart(_calling(module._call_impl), backend)
-                is_recurrent = isinstance(module, nn.RNNBase)
-                module._compiled_call_impl = _unpacking(module, captured) if is_recurrent else captured
+                if isinstance(module, nn.RNNBase):
+                    captured = _unpacking(module, captured)
+                module._compiled_call_impl = captured
         try:
             dynamo.compile_apart(_calling(model), backend)(*args, **kwargs)
         except Exception as error:
@@ -182,14 +183,14 @@ def _unpacking(layer: nn.RNNBase, captured: Callable[..., Any]) -> Callable[...,
     """A call of a recurrent layer which captures, of a packed sequence, as many steps in a single one: what the layer
     multiplies is the same, and Dynamo cannot look into the packed one."""
 
-    @torch.compiler.disable
     def call(input: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(input, PackedSequence):
             return captured(input, *args, **kwargs)
         captured(input.data.unsqueeze(0 if layer.batch_first else 1))
         return layer._call_impl(input, *args, **kwargs)
 
-    return call
+    made: Callable[..., Any] = torch.compiler.disable(call)
+    return made
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from autosparse_fx.steering import (
     SteeredWeight,
     explain_failure,
     masked_fraction,
+    refuse_unreachable,
     scheduled_sparsity,
     steer,
     steered_groups,
@@ -40,6 +41,15 @@ class Controller:
         """Go on as if the shifts so far had been others."""
         self.floors = floors
         self._checks = []
+
+    def check(self, modules: Iterable[MaskedModule]) -> None:
+        """Raise where a target cannot be reached.
+
+        Raises:
+            ValueError: see :func:`~autosparse_fx.steering.refuse_unreachable`.
+        """
+        for (target, _), weights in steered_groups(modules).items():
+            refuse_unreachable(weights, target, self._config.max_layer_sparsity)
 
     def begin(self, modules: Iterable[MaskedModule]) -> None:
         """Have the schedule start no lower than where the modules are now, if they were trained before."""

@@ -8,6 +8,7 @@ that eager code, Dynamo, export and make_fx all see one ``threshold_mask`` node,
 """
 
 import copyreg
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,23 +36,25 @@ from autosparse_fx.refusals import (
 class MaskedModule(MaskedState):
     """Marker and shared behaviour of the classes that :func:`masked_class` makes; mixed in before the original."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        # type(layer)(...), which is to make a layer of the same kind; copying ones call it with nothing.
-        if (args or kwargs) and "_autosparse_slots" in cls.__dict__:
-            return cls._autosparse_base(*args, **kwargs)
-        return super().__new__(cls)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if "_autosparse_slots" in type(self).__dict__:  # type(layer)(...), which is to make a layer of the same kind
+            self.__class__ = self._autosparse_base  # type: ignore[assignment]
+            self.__init__(*args, **kwargs)  # type: ignore[misc]
+        else:
+            super().__init__(*args, **kwargs)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         pass  # the classes made here are no new ones for a base that registers those that derive from it
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(max(int(protocol), 2))
-        if isinstance(reduced, tuple) and reduced[0] is copyreg.__newobj__ and reduced[1] == (type(self),):  # type: ignore[attr-defined]
-            cls = type(self)
-            if "_autosparse_slots" in cls.__dict__:  # not a class that FSDP or parametrize derived from ours
-                make = (cls._autosparse_base, cls._autosparse_slots, cls._autosparse_scale)
-                return (_new_masked_module, make, *reduced[2:])
-        return reduced
+        cls = type(self)
+        if not isinstance(reduced, tuple) or "_autosparse_slots" not in cls.__dict__:
+            return reduced  # of a class that FSDP or parametrize derived from ours
+        make = (cls._autosparse_base, cls._autosparse_slots, cls._autosparse_scale)
+        if reduced[0] is copyreg.__newobj__ and reduced[1] == (cls,):  # type: ignore[attr-defined]
+            return (_new_masked_module, make, *reduced[2:])
+        return (_masked_again, (*make, *reduced[:2]), *reduced[2:])  # the class has a way of its own
 
     def __delattr__(self, name: str) -> None:
         if any(slot.name == name for slot in self._autosparse_slots):
@@ -265,6 +268,14 @@ def _make_masked_class(base: type[nn.Module], slots: tuple[Slot, ...], scale: fl
             namespace[reset] = guarded_reset(reset)
     metaclass: Any = type(base)
     return metaclass(base.__name__, (mixin, base), namespace)  # type: ignore[no-any-return]
+
+
+def _masked_again(
+    base: type[nn.Module], slots: tuple[Slot, ...], scale: float, make: Callable[..., nn.Module], args: tuple[Any, ...]
+) -> nn.Module:
+    made: nn.Module = make(*args)
+    made.__class__ = masked_class(base, slots, scale)
+    return made
 
 
 def _new_masked_module(base: type[nn.Module], slots: tuple[Slot, ...], scale: float) -> nn.Module:

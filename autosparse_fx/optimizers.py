@@ -146,6 +146,23 @@ def warn_of_late_weights(model: nn.Module) -> None:
         )
 
 
+@torch.no_grad()
+def warn_of_zeros_that_stay(modules: Iterable[tuple[str, MaskedModule]]) -> None:
+    """Warn, where alpha is 0, of trainable weights that are all zeros: every gradient that reaches them is 0."""
+    zeros = [
+        f"{prefix}.{slot.name}" if prefix else slot.name
+        for prefix, module in modules
+        for slot in module._autosparse_slots
+        if (weight := stored_weight(module, slot)).requires_grad and not weight.is_meta and not weight.any()
+    ]
+    if zeros:
+        warnings.warn(
+            f"{_some(zeros)} is all zeros, and alpha is 0, so that it is never trained: initialise it with other "
+            "values, leave it dense with rules={...: None}, or begin with a larger alpha",
+            stacklevel=3,
+        )
+
+
 def warn_of_untrained_parameters(model: nn.Module, optimizers: list[Optimizer]) -> None:
     if not optimizers:
         return  # of a kind that is not torch's

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from autosparse_fx.masked_state import reset_mask
 from autosparse_fx.plan import Slot
 
 
@@ -77,5 +78,7 @@ def guarded_reset(method: str) -> Callable[..., None]:
             getattr(self._autosparse_base, method)(self, *args, **kwargs)
         finally:
             self._parameters.update(own)
+        for slot in self._autosparse_slots:  # which followed weights that are gone
+            reset_mask(self, slot)
 
     return reset

@@ -37,6 +37,11 @@ class Selection:
     skipped: dict[str, str] = field(default_factory=dict)
 
 
+def is_embedding(candidate: Candidate) -> bool:
+    """Whether nothing but embeddings holds a weight."""
+    return all(isinstance(module, (nn.Embedding, nn.EmbeddingBag)) for module, _ in candidate.holders)
+
+
 def layer_weights(module: nn.Module) -> list[Slot]:
     """The parameters that a module of a known class multiplies by, with the axis of their output channels."""
     if isinstance(module, ConvNd):

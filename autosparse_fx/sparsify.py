@@ -1,9 +1,8 @@
 """sparsify, finalize and dense_weights: the life of a sparse model, from dense to dense."""
 
-import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -11,27 +10,26 @@ import torch
 from torch import Tensor, nn
 
 from autosparse_fx._compat import eager
-from autosparse_fx.attach import attach, detach, detach_weight, masked_modules, remask
+from autosparse_fx.attach import attach, detach, masked_modules, remask
 from autosparse_fx.config import AutoSparse
 from autosparse_fx.consistency import is_masked, refuse_broken_ties
 from autosparse_fx.dtensors import placed_like
 from autosparse_fx.hidden.masks import all_masked_modules, hidden_mask, hidden_masks, release
-from autosparse_fx.initial import new_mask, threshold_shape
+from autosparse_fx.initial import new_mask
 from autosparse_fx.masked import MaskedModule, masked_class, masked_value
-from autosparse_fx.masked_state import ALPHA, alpha_of, mask_state, stored_weight
+from autosparse_fx.masked_state import ALPHA, stored_weight
 from autosparse_fx.optimizers import warn_of_late_weights
 from autosparse_fx.ownership import holders, remember_finalized
 from autosparse_fx.plan import MaskedWeight, Plan, Slot
 from autosparse_fx.report import group_sparsities
-from autosparse_fx.selection import Candidate, collect, refuse_lazy_parameters, refuse_wrappers, select
+from autosparse_fx.selection import collect, is_embedding, refuse_lazy_parameters, refuse_wrappers, select
 from autosparse_fx.steering import TOLERANCE, explain_failure, steer, steered_groups
 
-__all__ = ["dense_weights", "finalize", "sparsify"]
+__all__ = ["finalize", "sparsify"]
 
 log = logging.getLogger(__name__)
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
-_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 # Modules that read the weights of their children more than once in a forward.
 _READS_CHILDREN = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
 
@@ -73,7 +71,7 @@ def sparsify(
         raise TypeError(f"sparsify takes an autosparse_fx.AutoSparse as its configuration, got {type(config).__name__}")
     refuse_wrappers(model)
     _refuse_ddp(model)
-    prepared = masked_modules(model)
+    prepared = [(name, module) for name, module in masked_modules(model) if module._autosparse_slots]
     if prepared:
         name, first = prepared[0]
         if first._autosparse.plan.config == config:
@@ -117,7 +115,7 @@ def sparsify(
         weight = MaskedWeight(candidate.name, rule) if known is None else replace(known.weight, name=candidate.name)
         weight.found_by_use = id(candidate.parameter) in by_use
         weight.held_by = len(candidate.holders)
-        weight.was_embedding = all(isinstance(module, _EMBEDDINGS) for module, _ in candidate.holders)
+        weight.was_embedding = is_embedding(candidate)
         made = new_mask(candidate.parameter, candidate.axis, weight) if known is None else known.state()
         alpha = _shared_alpha(alphas, candidate.parameter.device, config.alpha if known is None else float(known.alpha))
         prepared_masks.append((candidate, weight, *made, alpha))
@@ -193,85 +191,6 @@ def finalize(model: ModuleT, *, reach_target: bool = False) -> ModuleT:
         release(parameter)
     remember_finalized(model.parameters(), done)
     return model
-
-
-@contextlib.contextmanager
-def dense_weights(model: ModuleT) -> Iterator[ModuleT]:
-    """Within this context every masked name of ``model`` reads as the stored parameter, and can be written.
-
-    For everything that initialises, ties or resizes weights: ``torch.nn.init``, ``reset_parameters()``, ``.data``,
-    Hugging Face's ``tie_weights`` and ``resize_token_embeddings``. (Not for fusing batch norms, which scales weights
-    and not their cuts: finalize first.) On leaving, weights that were tied share one threshold, those that were untied
-    have their own, per-channel thresholds follow a changed number of channels, and a module that replaced a masked one
-    at the same name is masked in its place.
-
-    A model that is not sparse passes through unchanged.
-    """
-    modules = masked_modules(model)
-    plans = {id(m._autosparse.plan): m._autosparse.plan for _, m in modules}
-    before = {
-        f"{prefix}.{slot.name}" if prefix else slot.name: (module, slot)
-        for prefix, module in modules
-        for slot in module._autosparse_slots
-    }
-    for plan in plans.values():
-        plan.scope.enter()
-    try:
-        yield model
-    finally:
-        for plan in plans.values():
-            plan.scope.leave()
-        if before and not any(plan.scope.depth for plan in plans.values()):
-            _reconcile(model, before)
-
-
-def _reconcile(model: nn.Module, before: dict[str, tuple[Any, Slot]]) -> None:
-    """Bring masks in line with weights that were tied, untied, resized or replaced inside ``dense_weights``."""
-    aliases = {name: candidate for candidate in collect(model) for name in candidate.names}
-    taken: set[int] = set()
-    done: set[int] = set()
-    for name, (source, slot) in before.items():
-        candidate = aliases.get(name)
-        if candidate is None or id(candidate) in done or not isinstance(source, MaskedModule):
-            continue  # gone, seen already, or finalized inside the context
-        done.add(id(candidate))
-        if candidate.axis is None and not _still_multiplied(source._autosparse.weights[slot.name], candidate):
-            for module, held in candidate.holders:
-                if isinstance(module, MaskedModule) and held in module._autosparse.weights:
-                    detach_weight(module, held)
-            continue
-        axis = slot.axis if candidate.axis is None else candidate.axis
-        state = source._autosparse
-        weight = state.weights[slot.name]
-        threshold, offset = mask_state(source, slot)
-        if id(threshold) in taken or id(offset) in taken:
-            threshold, offset = nn.Parameter(threshold.detach().clone(), threshold.requires_grad), offset.clone()
-            weight = replace(weight, name=name)
-        if threshold.shape != threshold_shape(candidate.parameter, axis, weight.config):
-            threshold, offset = _resized(candidate.parameter, axis, weight, threshold, offset)
-        weight.held_by = len(candidate.holders)
-        taken |= {id(threshold), id(offset)}
-        alpha = alpha_of(source)
-        for module, held in candidate.holders:
-            attach(module, Slot(held, axis), weight, state.plan, threshold, offset, alpha)
-
-
-def _still_multiplied(weight: MaskedWeight, candidate: Candidate) -> bool:
-    """Whether a weight that no known layer class multiplies by (now) is one that was found by its use."""
-    is_embedding = all(isinstance(module, _EMBEDDINGS) for module, _ in candidate.holders)
-    return weight.found_by_use and (weight.was_embedding or not is_embedding)
-
-
-def _resized(
-    parameter: nn.Parameter, axis: int, weight: MaskedWeight, threshold: Tensor, offset: Tensor
-) -> tuple[nn.Parameter, Tensor]:
-    """Per-channel thresholds for a new number of channels: the first ones keep theirs."""
-    new_threshold, new_offset = new_mask(parameter, axis, weight)
-    kept = min(len(threshold), len(new_threshold))
-    with torch.no_grad():
-        new_threshold[:kept] = threshold[:kept]
-        new_offset[:kept] = offset[:kept]
-    return new_threshold, new_offset
 
 
 def _shared_alpha(alphas: dict[torch.device, Tensor], device: torch.device, value: float) -> Tensor:

@@ -123,7 +123,7 @@ def steer(
     device = samples[0].device
     size = torch.tensor(sizes, dtype=torch.float32).to(device, non_blocking=True)
     numel = torch.tensor(numels, dtype=torch.float32).to(device, non_blocking=True)
-    caps = [min(math.floor(max_layer_sparsity * n), n - 1) / n if n else 0.0 for n in numels]
+    caps = [_most_zeros(n, max_layer_sparsity) / max(1, n) for n in numels]
     cap = torch.tensor(caps, dtype=torch.float32).to(device, non_blocking=True)
 
     magnitude = torch.cat(samples).abs()
@@ -143,10 +143,33 @@ def steer(
     shifts = torch.minimum(d, layer_d)
     for i, (weight, log_cut) in enumerate(zip(weights, log_cuts, strict=True)):
         new_cut = torch.clamp(log_cut + shifts[i], max=math.log(MAX_CUT))
-        change = torch.where(finite, _logit_of_log(new_cut) - _logit_of_log(log_cut), 0.0)
+        change = torch.where(finite, logit_of_log(new_cut) - logit_of_log(log_cut), 0.0)
         for offset in weight.offsets:
-            offset.add_(placed_like(change, offset))
+            offset.data.add_(placed_like(change, offset))  # no write that autograd sees: a graph may still need it
     return finite
+
+
+def refuse_unreachable(weights: list[SteeredWeight], target: float, max_layer_sparsity: float) -> None:
+    """Raise where so many weights must stay that the target cannot be reached, whatever their values are.
+
+    Raises:
+        ValueError: naming the weight that holds most of them.
+    """
+    numels = [stored_weight(weight.module, weight.slot).numel() for weight in weights]
+    caps = [_most_zeros(numel, max_layer_sparsity) for numel in numels]
+    if sum(caps) >= (target - TOLERANCE) * sum(numels):
+        return
+    kept, name = max((numel - cap, weight.name) for numel, cap, weight in zip(numels, caps, weights, strict=True))
+    raise ValueError(
+        f"target_sparsity={target} cannot be reached over {len(weights)} weights of {sum(numels)} elements: "
+        f"max_layer_sparsity={max_layer_sparsity} and one element for each weight leave {sum(numels) - sum(caps)}, "
+        f"{kept} of them in '{name}': lower the target, raise max_layer_sparsity, or leave small weights dense with "
+        "rules={...: None}"
+    )
+
+
+def _most_zeros(numel: int, max_layer_sparsity: float) -> int:
+    return max(0, min(math.floor(max_layer_sparsity * numel), numel - 1))
 
 
 def explain_failure(weights: list[SteeredWeight], target: float) -> str:
@@ -201,6 +224,7 @@ def _common_shift(
         part = ((sparsity - below) / (above - below).clamp(min=1e-12)).clamp(0, 1)
         low, high = edge[at - 1], edge[at]
         d = low + part * (high - low)
+    d = torch.where(usable.any(), d, 0.0)  # where there are only zeros none is to be made
     return torch.where(feasible, d, math.inf), layer_d
 
 
@@ -241,6 +265,6 @@ def _sample(parameter: Tensor, log_cut: Tensor, axis: int, limit: int) -> tuple[
     return sample, log_cut[channel]
 
 
-def _logit_of_log(log_g: Tensor) -> Tensor:
+def logit_of_log(log_g: Tensor) -> Tensor:
     """``logit(exp(x))`` for x < 0, accurate however small ``exp(x)`` is."""
     return log_g - torch.log(-torch.expm1(log_g))

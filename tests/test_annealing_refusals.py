@@ -36,6 +36,32 @@ def test_a_model_that_is_not_sparse_is_refused() -> None:
         GradientAnnealing(reference.mlp(), 10)
 
 
+def test_a_part_without_masks_is_not_sparse() -> None:
+    """An encoder of transformers has a class of ours whether or not its layers are masked."""
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), 1)
+    model = autosparse_fx.sparsify(nn.Sequential(encoder, nn.Linear(8, 4)), AutoSparse(rules={"0.*": None}))
+    with pytest.raises(ValueError, match="TransformerEncoder is not sparse"):
+        GradientAnnealing(model[0], 10)
+
+
+def test_a_target_that_no_mask_can_reach_is_refused_at_once() -> None:
+    model = autosparse_fx.sparsify(nn.Sequential(nn.Linear(2, 1)))
+    with pytest.raises(ValueError, match=r"0\.8 cannot be reached .* 1 of them in '0\.weight'"):
+        GradientAnnealing(model, 10)
+    GradientAnnealing(autosparse_fx.sparsify(nn.Linear(2, 1), AutoSparse(target_sparsity=0.5)), 10)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_zeros_that_no_gradient_reaches_are_told(alpha: float) -> None:
+    model = reference.mlp()
+    nn.init.zeros_(model[4].weight)
+    autosparse_fx.sparsify(model, AutoSparse(target_sparsity=0.5, alpha=alpha))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        GradientAnnealing(model, 10)
+    assert [("4.weight is all zeros" in str(w.message)) for w in caught] == ([True] if alpha == 0 else [])
+
+
 def test_a_refused_annealer_leaves_the_one_before_it_at_work() -> None:
     model = sparse_mlp()
     optimizer = sgd(model)

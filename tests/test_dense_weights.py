@@ -10,7 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from autosparse_fx import AutoSparse, GradientAnnealing, dense_weights, finalize, report, sparsify, thresholds
+from autosparse_fx import (
+    AutoSparse,
+    GradientAnnealing,
+    dense_weights,
+    finalize,
+    report,
+    sparsify,
+    sparsity,
+    thresholds,
+)
+from autosparse_fx.masked_state import alpha_of
 
 CONFIG = AutoSparse(alpha=0.5, threshold_init=-2.5)
 
@@ -238,6 +248,77 @@ def test_channel_thresholds_follow_a_resized_weight(channels: int, kept: int) ->
     assert module.weight_offset.tolist() == [*(-1.0 - i for i in range(kept)), *[-2.5] * (channels - kept)]
     assert model(torch.randn(2, 6)).shape == (2, channels)
     assert_masked(model)
+
+
+def trained(target: float = 0.9) -> nn.Module:
+    """With thresholds that have come far from where they began."""
+    model = sparsify(reference.mlp(), AutoSparse(target_sparsity=target))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    GradientAnnealing(model, 20, optimizer)
+    for _ in range(20):
+        model(torch.randn(8, 16)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def zeros(layer: nn.Module) -> float:
+    return float((layer.weight == 0).float().mean())
+
+
+def test_weights_that_are_initialised_anew_have_the_masks_of_new_ones() -> None:
+    model, fresh = trained(), sparsify(reference.mlp(), AutoSparse(target_sparsity=0.9))
+    with dense_weights(model):
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
+    assert sparsity(model) == pytest.approx(sparsity(fresh), abs=0.02)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    annealer = GradientAnnealing(model, 200, optimizer)
+    model(torch.randn(8, 16)).sum().backward()
+    optimizer.step()
+    assert annealer.scheduled_sparsity < 0.05  # it begins anew
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 3.0])
+def test_module_that_takes_the_place_of_another_is_as_sparse(scale: float) -> None:
+    """Whatever the scale of its weights; a copy of the old one is masked exactly as that was."""
+    model = trained()
+    old, offset = model[2], model[2].weight_offset.clone()
+    new = nn.Linear(64, 64)
+    with torch.no_grad():
+        new.weight.copy_(scale * old._parameters["weight"])
+    before = old.weight.detach().clone()
+    with dense_weights(model):
+        model[2] = new
+    torch.testing.assert_close(model[2].weight.detach(), scale * before, rtol=1e-4, atol=1e-6)
+    assert (scale == 1) == torch.equal(model[2].weight_offset, offset)
+    with dense_weights(model):
+        model[2] = nn.Linear(64, 64)
+    assert 0.3 < zeros(model[2]) < 0.99
+
+
+def test_module_of_another_sparse_model_brings_its_thresholds() -> None:
+    model, other = trained(), trained(0.5)
+    expected, alpha = other[2].weight.detach().clone(), alpha_of(model[0])
+    with dense_weights(model):
+        model[2] = other[2]
+    assert torch.equal(model[2].weight, expected)
+    assert model[2]._autosparse.plan is model[0]._autosparse.plan and alpha_of(model[2]) is alpha
+
+
+def test_weights_tied_to_the_outside_of_a_part_stay_known() -> None:
+    model = nn.ModuleDict({"enc": nn.Sequential(nn.Linear(16, 16)), "dec": nn.Sequential(nn.Linear(16, 16))})
+    model["dec"][0].weight = model["enc"][0].weight
+    sparsify(model, AutoSparse(target_sparsity=None, threshold_init=-2.5))
+    with dense_weights(model["dec"]):
+        pass
+    with pytest.raises(ValueError, match=r"tied to one of a Linear outside"):
+        finalize(model["dec"])
+    with dense_weights(model):
+        model["dec"][0].weight = nn.Parameter(model["enc"][0].weight.detach().clone())
+    finalize(model["dec"])
+    assert masked_names(model) == {"enc.0.weight"}
 
 
 def test_replaced_module_is_masked_in_its_place() -> None:

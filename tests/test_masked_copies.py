@@ -11,7 +11,7 @@ import pytest
 import reference
 import torch
 from masked_models import CONFIG, IDS, Everything, alphas, assert_same, sparse_model
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from autosparse_fx import AutoSparse, GradientAnnealing, finalize, sparsify
@@ -170,6 +170,19 @@ def test_class_of_a_masked_layer_makes_plain_layers() -> None:
     made = type(model[0])(3, 5, bias=False)
     assert type(made) is nn.Linear and made.weight.shape == (5, 3) and made.bias is None
     assert type(type(model[1])(4, 8)) is nn.LSTM
+    own = sparsify(nn.Sequential(Own()), example_inputs=torch.randn(2, 4))
+    assert type(type(own[0])()) is Own and not hasattr(type(own[0])(), "w_threshold")
+
+
+class Own(nn.Module):
+    """Takes no arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.w
 
 
 class Copied(nn.Linear):
@@ -185,9 +198,18 @@ class Copied(nn.Linear):
         return made
 
 
-def test_copies_that_a_class_makes_of_itself_are_masked() -> None:
-    model = sparsify(nn.Sequential(Copied()), AutoSparse(target_sparsity=None, threshold_init=-1.0))
-    made = copy.deepcopy(model)
+class Reduced(nn.Linear):
+    """Says itself how it is copied and pickled."""
+
+    def __reduce__(self) -> Any:
+        return Reduced, (self.in_features, self.out_features), self.__dict__
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("make", [Copied, lambda: Reduced(4, 4)])
+def test_copies_that_a_class_makes_of_itself_are_masked(make: Any, copied: Any) -> None:
+    model = sparsify(nn.Sequential(make()), AutoSparse(target_sparsity=None, threshold_init=-1.0))
+    made = copied(model)
     assert type(made[0]) is type(model[0]) and torch.equal(made[0].weight, model[0].weight)
     assert bool((made[0].weight == 0).any())
 

@@ -1,5 +1,6 @@
 """Steering to the target: the schedule, and that it is reached."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -119,6 +120,21 @@ def test_a_branch_that_stays_zero_counts_as_the_zeros_that_it_is(
     assert_target(model, 0.95)
     assert torch.equal(model.branch[0]._parameters["weight"], before["branch.0.weight"])
     assert max(float(logit.max()) for logit in autosparse_fx.thresholds(model).values()) < LOGIT_OF_MAX_CUT + 0.5
+
+
+def test_a_target_of_weights_that_stay_zero_is_met_by_them() -> None:
+    model = multiply(reference.mlp(), {"4.weight": 0.0})
+    autosparse_fx.sparsify(model, AutoSparse(target_sparsity=0.5, rules={"4.weight": {"target_sparsity": 0.4}}))
+    model[4].weight_offset.fill_(-3.0)
+    optimizer = torch.optim.SGD([*model[0].parameters(), *model[2].parameters()], lr=0.0)
+    GradientAnnealing(model, 10, optimizer)
+    before = model[4].weight_offset.clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(10):
+            optimizer.step()
+    assert torch.equal(model[4].weight_offset, before)
+    assert reference.layer_sparsities(model)["4.weight"] == 1
 
 
 @pytest.mark.parametrize("granularity", ["layer", "channel"])

@@ -61,8 +61,9 @@ class _Run:
                 self._groups.append(index)
                 self._held += held
         self._twin = _twin(optimizer, groups) if groups else None
-        for _, mask in self._held:
-            if self._twin is not None and mask.optimizer_state and mask.optimizer == type(optimizer).__name__:
+        for parameter, mask in self._held:
+            goes_on = mask.optimizer == type(optimizer).__name__ and _has_stepped(optimizer.state.get(parameter, {}))
+            if self._twin is not None and mask.optimizer_state and goes_on:
                 self._twin.state[mask.threshold] = mask.optimizer_state
         if optimizer not in _runs:  # its first step in this process
             _warn_of_lost_state(optimizer, self._held)
@@ -142,6 +143,9 @@ class _Run:
         if self._steps == 2:  # every other optimizer has had its first step, or its chance of one
             _warn_of_untrained({id(mask.plan): mask.plan for _, mask in self._held}.values())
         for annealer, held in self._annealers:
+            steps = max(mask.steps for _, mask in held)
+            if steps > annealer.steps + 1:  # another optimizer has trained these weights for more than this round
+                _go_on(annealer, steps, held)
             annealer.step()
             for _, mask in held:
                 mask.steps = annealer.steps
@@ -170,10 +174,16 @@ def _annealers(held: list[_Held]) -> list[tuple[GradientAnnealing, list[_Held]]]
         if steps == 0:  # weights that join a training: another optimizer's first step of it is one of the same round
             steps = max(mask.plan.annealed_steps for _, mask in group)
             steps = steps if steps > 1 else 0
-        floors = group[0][1].plan.floors
-        annealer.load_state_dict({"steps": steps, "total_steps": request.total_steps, "floors": floors})
+        _go_on(annealer, steps, group)
         made.append((annealer, group))
     return made
+
+
+def _go_on(annealer: GradientAnnealing, steps: int, held: list[_Held]) -> None:
+    """Have an annealer go on from where the training of its weights is."""
+    total_steps = annealer.total_steps
+    state = {"steps": min(steps, total_steps), "total_steps": total_steps, "floors": held[0][1].plan.floors}
+    annealer.load_state_dict(state)
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:

@@ -149,6 +149,38 @@ def test_another_optimizer_takes_over_in_the_middle(kinds: tuple[Any, Any]) -> N
     assert_same(*runs)
 
 
+def test_a_new_optimizer_of_the_same_class_begins_with_new_moments() -> None:
+    run = start(net(), lambda m: AdamW(m.parameters(), lr=0.01), prepared=False)
+    run.steps(5)
+    run.optimizer = AdamW(run.model.parameters(), lr=0.01)
+    run.steps(1)
+    (weight, threshold) = (run.model[0].weight, hidden_mask(run.model[0].weight))
+    assert run.optimizer.state[weight]["step"] == threshold.optimizer_state["step"] == 1
+
+
+def test_an_earlier_optimizer_goes_on_where_the_training_is() -> None:
+    run = start(net(), prepared=False, total_steps=40)
+    first, second = run.optimizer, sgd(run.model)
+    alphas = []
+    for optimizer, steps in ((first, 8), (second, 20), (first, 4), (second, 4), (first, 4)):
+        run.optimizer = optimizer
+        run.steps(steps)
+        alphas.append(hidden_mask(run.model[0].weight).alpha.item())
+    assert hidden_mask(run.model[0].weight).steps == 40
+    assert alphas == sorted(alphas, reverse=True) and alphas[-1] == 0
+    assert autosparse_fx.sparsity(run.model) == pytest.approx(0.8, abs=0.005)
+
+
+def test_optimizers_that_step_in_turn_count_together() -> None:
+    run = start(net(), prepared=False, total_steps=40)
+    both_of_them = run.optimizer, sgd(run.model)
+    for _ in range(10):
+        for optimizer in both_of_them:
+            run.optimizer = optimizer
+            run.steps(1)
+    assert 10 <= hidden_mask(run.model[0].weight).steps <= 11
+
+
 def test_another_model_that_begins_or_ends_in_the_middle_changes_nothing(recwarn: pytest.WarningsRecorder) -> None:
     model = net()
     alone = start(copy.deepcopy(model), lambda m: AdamW(m.parameters(), lr=0.01), prepared=False)
