@@ -86,7 +86,7 @@ class GradientAnnealing:
             raise ValueError(f"{type(model).__name__} is not sparse: call autosparse_fx.sparsify(model) first")
         if isinstance(total_steps, bool) or not hasattr(total_steps, "__index__") or total_steps <= 0:
             raise ValueError(f"total_steps must be a positive number of optimizer steps, got {total_steps!r}")
-        plans = {id(m._autosparse.plan): m._autosparse.plan for _, m in modules}
+        plans = {id(m._autosparse.plan): m._autosparse.plan for _, m in modules if m._autosparse_slots}
         configs = [plan.config for plan in plans.values()]
         if any(config != configs[0] for config in configs):
             raise ValueError(
@@ -102,7 +102,7 @@ class GradientAnnealing:
         controller.check(module for _, module in modules)
         warn_of_late_weights(model)
         if configs[0].alpha == 0:
-            warn_of_zeros_that_stay(modules)
+            warn_of_zeros_that_stay(module for _, module in modules)
         self.total_steps = operator.index(total_steps)
         self._config = configs[0]
         self._plans = list(plans.values())

@@ -19,7 +19,8 @@ def attach(
     """Make ``module`` read ``slot.name`` masked by ``threshold`` and ``offset``."""
     if isinstance(module, MaskedModule):
         module._autosparse.weights[slot.name] = weight
-        if slot not in module._autosparse_slots:
+        module._autosparse.plan = plan
+        if slot not in module._autosparse_slots or module._autosparse_scale != plan.config.threshold_scale:
             others = tuple(s for s in module._autosparse_slots if s.name != slot.name)
             remask(module, (*others, slot), plan)
     else:

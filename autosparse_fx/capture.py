@@ -2,7 +2,7 @@
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,9 +61,11 @@ def capture(
     at_first = _full_names(model)
     own = weakref.ref(model)  # which compiled code is not to hold
 
-    def full_names() -> dict[int, str]:
-        inside = own()  # FSDP puts others in the place of its parameters while a layer runs
-        return at_first if inside is None else at_first | _full_names(inside)
+    def full_names(tensors: Iterable[Any]) -> dict[int, str]:
+        inside = own()
+        if inside is None or all(id(t) in at_first for t in tensors if isinstance(t, nn.Parameter)):
+            return at_first
+        return at_first | _full_names(inside)  # FSDP puts others in the place of its parameters while a layer runs
 
     inputs, symbols = _mark_dynamic(example_inputs, dynamic_shapes)
     fixed_sizes: list[str] = []
@@ -74,7 +76,7 @@ def capture(
         sources = {
             n.name: dynamo_graphs.placeholder_tensor(n) for n in gm.graph.nodes if n.op in ("placeholder", "get_attr")
         }
-        tensors = full_names()
+        tensors = full_names(sources.values())
         held = {name: tensors[id(t)] for name, t in sources.items() if id(t) in tensors}
         placeholders = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
         for node in captured.gm.graph.nodes:
@@ -92,7 +94,7 @@ def capture(
             node.meta.pop("grapharg", None)  # which leads to the tensors themselves
 
         def call(*args: Any) -> Any:
-            tensors = full_names()
+            tensors = full_names(args)
             passed = {name: tensors[id(t)] for name, t in zip(placeholders, args, strict=True) if id(t) in tensors}
             captured.calls.append(held | passed)
             return gm.forward(*args)

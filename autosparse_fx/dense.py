@@ -4,8 +4,8 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from autosparse_fx.dtensors import full_tensor
 from autosparse_fx.initial import new_mask, threshold_shape
 from autosparse_fx.masked import MaskedModule
 from autosparse_fx.masked_state import alpha_of, mask_state, stored_weight
-from autosparse_fx.plan import MaskedWeight, Slot
+from autosparse_fx.plan import MaskedWeight, Plan, Slot
 from autosparse_fx.selection import Candidate, collect, is_embedding
 from autosparse_fx.steering import MAX_CUT, logit_of_log
 
@@ -40,7 +40,7 @@ def dense_weights(model: ModuleT) -> Iterator[ModuleT]:
     modules = masked_modules(model)
     plans = {id(m._autosparse.plan): m._autosparse.plan for _, m in modules}
     before = {
-        f"{prefix}.{slot.name}" if prefix else slot.name: (module, slot)
+        f"{prefix}.{slot.name}" if prefix else slot.name: _Mask.of(module, slot)
         for prefix, module in modules
         for slot in module._autosparse_slots
     }
@@ -55,64 +55,111 @@ def dense_weights(model: ModuleT) -> Iterator[ModuleT]:
             _reconcile(model, before)
 
 
-def _reconcile(model: nn.Module, before: dict[str, tuple[Any, Slot]]) -> None:
+@dataclass(eq=False)
+class _Mask:
+    """A mask as it was before anything was changed."""
+
+    module: MaskedModule
+    slot: Slot
+    plan: Plan
+    weight: MaskedWeight
+    threshold: nn.Parameter
+    offset: Tensor
+    alpha: Tensor
+    scale: float
+
+    @classmethod
+    def of(cls, module: MaskedModule, slot: Slot) -> "_Mask":
+        state = module._autosparse
+        threshold, offset = mask_state(module, slot)
+        scale = module._autosparse_scale
+        return cls(module, slot, state.plan, state.weights[slot.name], threshold, offset, alpha_of(module), scale)
+
+
+def _reconcile(model: nn.Module, before: dict[str, _Mask]) -> None:
     """Bring masks in line with weights that were tied, untied, resized or replaced inside ``dense_weights``."""
     aliases = {name: candidate for candidate in collect(model) for name in candidate.names}
-    held_before = Counter(id(source._autosparse.weights[slot.name]) for source, slot in before.values())
+    held_before = Counter(id(mask.weight) for mask in before.values())
+    known = {(id(mask.module), mask.slot.name): mask for mask in before.values()}
+    present = {id(module) for candidate in aliases.values() for module, _ in candidate.holders}
+    arrived = [
+        _Mask.of(module, slot)
+        for module in {id(m): m for candidate in aliases.values() for m, _ in candidate.holders}.values()
+        if isinstance(module, MaskedModule)
+        for slot in module._autosparse_slots
+        if (id(module), slot.name) not in known
+    ]
+    known.update({(id(mask.module), mask.slot.name): mask for mask in arrived})
+    in_use = {id(mask.threshold) for mask in known.values() if id(mask.module) in present}
     taken: set[int] = set()
     done: set[int] = set()
-    for name, (source, slot) in before.items():
+    for name, mask in before.items():
         candidate = aliases.get(name)
-        if candidate is None or id(candidate) in done or not isinstance(source, MaskedModule):
+        if candidate is None or id(candidate) in done or not isinstance(mask.module, MaskedModule):
             continue  # gone, seen already, or finalized inside the context
         done.add(id(candidate))
-        if candidate.axis is None and not _still_multiplied(source._autosparse.weights[slot.name], candidate):
+        if candidate.axis is None and not _still_multiplied(mask.weight, candidate):
             for module, held in candidate.holders:
                 if isinstance(module, MaskedModule) and held in module._autosparse.weights:
                     detach_weight(module, held)
             continue
-        axis = slot.axis if candidate.axis is None else candidate.axis
-        state = source._autosparse
-        weight = state.weights[slot.name]
-        threshold, offset = _state_for(candidate, source, slot)
+        axis = mask.slot.axis if candidate.axis is None else candidate.axis
+        weight = mask.weight
+        stayed = any(module is mask.module for module, _ in candidate.holders)
+        if stayed:
+            threshold, offset = mask.threshold, mask.offset
+        else:
+            weight = replace(weight, name=name, held_by=len(candidate.holders))
+            own = next((known[key] for m, held in candidate.holders if (key := (id(m), held)) in known), None)
+            is_in_use = id(mask.threshold) in in_use
+            threshold, offset = _state_in_place_of(mask, own, candidate.parameter, is_in_use=is_in_use)
         if id(threshold) in taken or id(offset) in taken:
             threshold, offset = nn.Parameter(threshold.detach().clone(), threshold.requires_grad), offset.clone()
-            weight = replace(weight, name=name)
+            weight = replace(weight, name=name, held_by=len(candidate.holders))
+        elif stayed:  # there may be more of them outside of `model`
+            weight.held_by += len(candidate.holders) - held_before[id(weight)]
         if threshold.shape != threshold_shape(candidate.parameter, axis, weight.config):
             threshold, offset = _resized(candidate.parameter, axis, weight, threshold, offset)
-        # There may be more of them outside of `model`.
-        weight.held_by += len(candidate.holders) - held_before.get(id(weight), weight.held_by)
         taken |= {id(threshold), id(offset)}
-        alpha = alpha_of(source)
         for module, held in candidate.holders:
-            attach(module, Slot(held, axis), weight, state.plan, threshold, offset, alpha)
+            attach(module, Slot(held, axis), weight, mask.plan, threshold, offset, mask.alpha)
 
 
-def _state_for(candidate: Candidate, source: MaskedModule, slot: Slot) -> tuple[nn.Parameter, Tensor]:
-    """Threshold and offset for a weight that stands where ``source`` had one."""
-    if any(module is source for module, _ in candidate.holders):
-        return mask_state(source, slot)
-    for module, held in candidate.holders:
-        if isinstance(module, MaskedModule) and held in module._autosparse.weights:  # of another model
-            threshold, offset = mask_state(module, next(own for own in module._autosparse_slots if own.name == held))
-            threshold.data.mul_(module._autosparse_scale / source._autosparse_scale)
-            detach_weight(module, held)
-            return threshold, offset
-    if candidate.parameter is not stored_weight(source, slot):
-        _rescale(source, slot, candidate.parameter)
-    return mask_state(source, slot)
+def _state_in_place_of(
+    mask: _Mask, own: _Mask | None, parameter: nn.Parameter, *, is_in_use: bool
+) -> tuple[nn.Parameter, Tensor]:
+    """Threshold and offset of a weight that now stands where another one was masked by ``mask``.
+
+    Args:
+        own: the mask that it brings, having stood elsewhere in the model, or in another sparse one.
+        is_in_use: whether the threshold of ``mask`` is still that of another weight.
+    """
+    if own is not None:
+        ratio = own.scale / mask.scale
+        made = nn.Parameter(own.threshold.detach() * ratio, own.threshold.requires_grad)
+        return own.threshold if ratio == 1 else made, own.offset
+    threshold = mask.threshold
+    if is_in_use:
+        threshold = nn.Parameter(threshold.detach().clone(), threshold.requires_grad)
+    return threshold, _rescaled(mask, parameter)
 
 
 @torch.no_grad()
-def _rescale(module: MaskedModule, slot: Slot, other: Tensor) -> None:
-    """Have the cut of one weight mean to another, in standard deviations, what it means to the weight; in place."""
-    threshold, offset = mask_state(module, slot)
-    stds = [float(full_tensor(w.detach()).float().std()) for w in (other, stored_weight(module, slot)) if w.numel() > 1]
-    if len(stds) < 2 or not all(math.isfinite(std) and std > 0 for std in stds):
-        return
-    log_cut = F.logsigmoid(offset + module._autosparse_scale * threshold)
+def _rescaled(mask: _Mask, other: Tensor) -> Tensor:
+    """The offset with which a cut means to another weight, in standard deviations, what it means to its own."""
+    weight: Tensor = stored_weight(mask.module, mask.slot)
+    if weight.is_meta or other.is_meta:
+        return mask.offset.clone()
+    weight, other = (full_tensor(w.detach()).float() for w in (weight, other))
+    if weight.dim() == other.dim():  # what both of them have: a copy that has grown is cut as it was
+        common = tuple(slice(min(sizes)) for sizes in zip(weight.shape, other.shape, strict=True))
+        weight, other = weight[common], other[common]
+    stds = [float(w.std()) if w.numel() > 1 else math.nan for w in (other, weight)]
+    if torch.equal(weight, other) or not all(math.isfinite(std) and std > 0 for std in stds):
+        return mask.offset.clone()
+    log_cut = F.logsigmoid(mask.offset + mask.scale * mask.threshold)
     moved = torch.clamp(log_cut + math.log(stds[0] / stds[1]), max=math.log(MAX_CUT))
-    offset.data.add_(logit_of_log(moved) - logit_of_log(log_cut))
+    return mask.offset + logit_of_log(moved) - logit_of_log(log_cut)
 
 
 def _still_multiplied(weight: MaskedWeight, candidate: Candidate) -> bool:

@@ -54,7 +54,9 @@ class MaskedModule(MaskedState):
         make = (cls._autosparse_base, cls._autosparse_slots, cls._autosparse_scale)
         if reduced[0] is copyreg.__newobj__ and reduced[1] == (cls,):  # type: ignore[attr-defined]
             return (_new_masked_module, make, *reduced[2:])
-        return (_masked_again, (*make, *reduced[:2]), *reduced[2:])  # the class has a way of its own
+        # The class has a way of its own to make one, which is to make a plain one.
+        ways = [cls._autosparse_base if way is cls else way for way in (reduced[0], *reduced[1])]
+        return (_masked_again, (*make, ways[0], tuple(ways[1:])), *reduced[2:])
 
     def __delattr__(self, name: str) -> None:
         if any(slot.name == name for slot in self._autosparse_slots):
@@ -202,6 +204,9 @@ class _MaskedRNN(MaskedModule):
 
 class _MaskedGraph(MaskedModule):
     """A GraphModule that holds masked weights itself."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:  # GraphModule makes a class of its own for each instance
+        return cls._autosparse_base(*args, **kwargs) if args or kwargs else super().__new__(cls)
 
     def __copy__(self) -> Any:
         refuse_copy(self)

@@ -147,18 +147,21 @@ def warn_of_late_weights(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def warn_of_zeros_that_stay(modules: Iterable[tuple[str, MaskedModule]]) -> None:
-    """Warn, where alpha is 0, of trainable weights that are all zeros: every gradient that reaches them is 0."""
-    zeros = [
-        f"{prefix}.{slot.name}" if prefix else slot.name
-        for prefix, module in modules
-        for slot in module._autosparse_slots
-        if (weight := stored_weight(module, slot)).requires_grad and not weight.is_meta and not weight.any()
-    ]
+def warn_of_zeros_that_stay(modules: Iterable[MaskedModule]) -> None:
+    """Warn once, where alpha is 0, of trainable weights that are all zeros: every gradient that reaches them is 0."""
+    zeros = []
+    for module in modules:
+        plan = module._autosparse.plan
+        for slot in module._autosparse_slots if not plan.warned_of_zeros else ():
+            weight = stored_weight(module, slot)
+            if weight.requires_grad and not weight.is_meta and not weight.any():
+                zeros.append((module._autosparse.weights[slot.name].name, plan))
+    for _, plan in zeros:
+        plan.warned_of_zeros = True
     if zeros:
         warnings.warn(
-            f"{_some(zeros)} is all zeros, and alpha is 0, so that it is never trained: initialise it with other "
-            "values, leave it dense with rules={...: None}, or begin with a larger alpha",
+            f"{_some([name for name, _ in zeros])} is all zeros, and alpha is 0, so that it is never trained: "
+            "initialise it with other values, leave it dense with rules={...: None}, or begin with a larger alpha",
             stacklevel=3,
         )
 

@@ -61,6 +61,7 @@ class Plan:
     warned_of_dense_checkpoint: bool = False
     warned_of_untrained: bool = False
     warned_of_new: bool = False
+    warned_of_zeros: bool = False
     annealed_steps: int = 0
     was_trained: bool = False  # by an annealer before the present one, or thresholds of a training were loaded
     floors: list[list[float]] | None = None  # of the annealer's controller

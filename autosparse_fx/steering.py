@@ -150,13 +150,18 @@ def steer(
 
 
 def refuse_unreachable(weights: list[SteeredWeight], target: float, max_layer_sparsity: float) -> None:
-    """Raise where so many weights must stay that the target cannot be reached, whatever their values are.
+    """Raise where so many weights must stay that the target cannot be reached.
 
     Raises:
         ValueError: naming the weight that holds most of them.
     """
-    numels = [stored_weight(weight.module, weight.slot).numel() for weight in weights]
+    parameters = [stored_weight(weight.module, weight.slot) for weight in weights]
+    numels = [parameter.numel() for parameter in parameters]
     caps = [_most_zeros(numel, max_layer_sparsity) for numel in numels]
+    if sum(caps) >= (target - TOLERANCE) * sum(numels) or any(parameter.is_meta for parameter in parameters):
+        return
+    values = [full_tensor(parameter.detach()) for parameter in parameters]
+    caps = [max(cap, v.numel() - int(v.count_nonzero())) for cap, v in zip(caps, values, strict=True)]
     if sum(caps) >= (target - TOLERANCE) * sum(numels):
         return
     kept, name = max((numel - cap, weight.name) for numel, cap, weight in zip(numels, caps, weights, strict=True))

@@ -1,5 +1,7 @@
 """keep_formats: outputs lie in memory as they were traced to, whatever the layers in front of them do."""
 
+import operator
+
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -33,17 +35,16 @@ def keep_formats(gm: GraphModule) -> int:
 
 
 def _format(node: Node) -> torch.memory_format | None:
-    """The format of an output that a pass may change; None where it is another tensor's own memory, or can only be
-    contiguous."""
-    source, is_view = node, False
-    while getattr(source.target, "is_view", False):
-        source, is_view = source.all_input_nodes[0], True
+    """The format of an output that a pass may change; None where it lies in the memory of an input."""
+    source = node
+    while getattr(source.target, "is_view", False) or source.target is operator.getitem:
+        source = source.all_input_nodes[0]
     value = node.meta.get("val")
     is_copy = node.target is aten.clone.default and "memory_format" in node.kwargs
     if source.op != "call_function" or not isinstance(value, Tensor) or is_copy:
         return None
     if value.is_contiguous():
-        return torch.contiguous_format if is_view else None
+        return torch.contiguous_format
     if value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return None

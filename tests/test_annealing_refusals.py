@@ -42,6 +42,7 @@ def test_a_part_without_masks_is_not_sparse() -> None:
     model = autosparse_fx.sparsify(nn.Sequential(encoder, nn.Linear(8, 4)), AutoSparse(rules={"0.*": None}))
     with pytest.raises(ValueError, match="TransformerEncoder is not sparse"):
         GradientAnnealing(model[0], 10)
+    GradientAnnealing(autosparse_fx.sparsify(model[0], AutoSparse(target_sparsity=0.5)), 10)
 
 
 def test_a_target_that_no_mask_can_reach_is_refused_at_once() -> None:
@@ -49,6 +50,9 @@ def test_a_target_that_no_mask_can_reach_is_refused_at_once() -> None:
     with pytest.raises(ValueError, match=r"0\.8 cannot be reached .* 1 of them in '0\.weight'"):
         GradientAnnealing(model, 10)
     GradientAnnealing(autosparse_fx.sparsify(nn.Linear(2, 1), AutoSparse(target_sparsity=0.5)), 10)
+    zeros = nn.Linear(2, 1)
+    nn.init.zeros_(zeros.weight)
+    GradientAnnealing(autosparse_fx.sparsify(zeros), 10)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
@@ -58,7 +62,8 @@ def test_zeros_that_no_gradient_reaches_are_told(alpha: float) -> None:
     autosparse_fx.sparsify(model, AutoSparse(target_sparsity=0.5, alpha=alpha))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        GradientAnnealing(model, 10)
+        for _ in range(2):
+            GradientAnnealing(model, 10)
     assert [("4.weight is all zeros" in str(w.message)) for w in caught] == ([True] if alpha == 0 else [])
 
 

@@ -262,8 +262,12 @@ def trained(target: float = 0.9) -> nn.Module:
     return model
 
 
+def zeros_in(weight: torch.Tensor) -> float:
+    return float((weight == 0).float().mean())
+
+
 def zeros(layer: nn.Module) -> float:
-    return float((layer.weight == 0).float().mean())
+    return zeros_in(layer.weight)
 
 
 def test_weights_that_are_initialised_anew_have_the_masks_of_new_ones() -> None:
@@ -305,6 +309,84 @@ def test_module_of_another_sparse_model_brings_its_thresholds() -> None:
         model[2] = other[2]
     assert torch.equal(model[2].weight, expected)
     assert model[2]._autosparse.plan is model[0]._autosparse.plan and alpha_of(model[2]) is alpha
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0])
+def test_module_with_several_weights_brings_all_thresholds(scale: float) -> None:
+    model, other = (
+        sparsify(nn.Sequential(nn.LSTM(8, 8)), AutoSparse(target_sparsity=None, threshold_init=-2.5, threshold_scale=s))
+        for s in (0.1, scale)
+    )
+    with torch.no_grad():
+        for name, p in other.named_parameters():
+            if name.endswith("_threshold"):
+                p.fill_(5.0)
+    expected = [p.clone() for p in (other[0].weight_ih_l0.detach(), other[0].weight_hh_l0.detach())]
+    with dense_weights(model):
+        model[0] = other[0]
+    torch.testing.assert_close([model[0].weight_ih_l0.detach(), model[0].weight_hh_l0.detach()], expected)
+    assert zeros_in(expected[0]) > 0.3
+    GradientAnnealing(model, 10)
+
+
+def test_layers_that_are_moved_keep_their_masks_and_places_keep_their_rules() -> None:
+    rules = {"2.weight": {"target_sparsity": 0.5}}
+    model = sparsify(nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))), AutoSparse(threshold_init=-2.5, rules=rules))
+    with torch.no_grad():
+        for i, layer in enumerate(model):
+            layer.weight_offset.add_(0.3 * i)
+    first, second, third = model
+    masked = {layer: layer.weight.detach().clone() for layer in model}
+    with dense_weights(model):
+        model[0], model[1], model[2] = third, first, second
+    for layer, expected in masked.items():
+        assert torch.equal(layer.weight, expected)
+    weights = [layer._autosparse.weights["weight"] for layer in model]
+    assert [(w.name, w.config.target_sparsity) for w in weights] == [
+        ("0.weight", 0.8),
+        ("1.weight", 0.8),
+        ("2.weight", 0.5),
+    ]
+    model = sparsify(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), AutoSparse(threshold_init=-2.5))
+    masked = {layer: layer.weight.detach().clone() for layer in model}
+    new = nn.Linear(8, 8)
+    with torch.no_grad():
+        new.weight.mul_(0.1)
+    with dense_weights(model):
+        model.insert(0, new)  # and all others are one further
+    assert all(torch.equal(layer.weight, expected) for layer, expected in masked.items())
+    assert 0 < zeros(model[0]) < 1
+    assert len({id(layer._parameters["weight_threshold"]) for layer in model}) == 3
+    assert len({id(layer._autosparse.weights["weight"]) for layer in model}) == 3
+
+
+def test_copy_that_has_grown_is_cut_as_it_was() -> None:
+    model = trained()
+    old, masked = model[4], model[4].weight.detach().clone()
+    grown = nn.Linear(64, 20)
+    with torch.no_grad():
+        grown.weight.copy_(old._parameters["weight"].mean(0, keepdim=True))
+        grown.weight[: len(masked)] = old._parameters["weight"]
+    with dense_weights(model):
+        model[4] = grown
+    assert torch.equal(model[4].weight[: len(masked)], masked)
+
+
+def test_finalized_inside_is_finalized() -> None:
+    for whole in (True, False):
+        model = sparsify(reference.mlp(), AutoSparse(target_sparsity=None, threshold_init=-2.5))
+        with dense_weights(model):
+            finalize(model if whole else model[0])
+            model[4] = nn.Linear(64, 10)
+        assert masked_names(model) == (set() if whole else {"2.weight", "4.weight"})
+
+
+def test_replaced_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model = sparsify(reference.mlp(), CONFIG)
+        with dense_weights(model):
+            model[4] = nn.Linear(64, 10)
+    assert "4.weight" in masked_names(model) and model[4].weight.is_meta
 
 
 def test_weights_tied_to_the_outside_of_a_part_stay_known() -> None:

@@ -205,8 +205,13 @@ class Reduced(nn.Linear):
         return Reduced, (self.in_features, self.out_features), self.__dict__
 
 
+class ReducedByType(nn.Linear):
+    def __reduce__(self) -> Any:
+        return type(self), (self.in_features, self.out_features), self.__dict__
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-@pytest.mark.parametrize("make", [Copied, lambda: Reduced(4, 4)])
+@pytest.mark.parametrize("make", [Copied, lambda: Reduced(4, 4), lambda: ReducedByType(4, 4)])
 def test_copies_that_a_class_makes_of_itself_are_masked(make: Any, copied: Any) -> None:
     model = sparsify(nn.Sequential(make()), AutoSparse(target_sparsity=None, threshold_init=-1.0))
     made = copied(model)
@@ -244,5 +249,7 @@ def test_graph_module_that_holds_a_masked_weight_itself_is_not_copied_without_it
     model = sparsify(torch.fx.symbolic_trace(Functional()), example_inputs=x)
     with pytest.raises(RuntimeError, match=r"'w' \[4, 4\] .* copy it before sparsify or after finalize"):
         copied(model)
+    plain = type(model)(nn.Module(), torch.fx.Graph())
+    assert isinstance(plain, torch.fx.GraphModule) and not hasattr(plain, "_autosparse_slots")
     finalize_quietly(model)
     assert torch.equal(copy.deepcopy(model)(x), model(x))

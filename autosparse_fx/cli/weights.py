@@ -117,8 +117,9 @@ def load_weights(model: nn.Module, state: dict[str, Any], example_inputs: Any, p
 def _with_shared(weights: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """The weights under all names of the model's own tensors, of which safetensors keeps one."""
     complete = copy.copy(weights)  # with its metadata
-    kept = {(t.data_ptr(), t.shape): key for key, t in own.items() if key in weights and t.numel()}
-    for key, tensor in own.items():
+    tensors = {key: t for key, t in own.items() if isinstance(t, torch.Tensor) and t.numel() and not t.is_meta}
+    kept = {(tensor.data_ptr(), tensor.shape): key for key, tensor in tensors.items() if key in weights}
+    for key, tensor in tensors.items():
         other = kept.get((tensor.data_ptr(), tensor.shape))
         if key not in weights and other is not None:
             complete[key] = weights[other]

@@ -43,6 +43,7 @@ class HiddenMask:
     optimizer_state: dict[str, Any] = field(default_factory=dict)  # as torch.optim keeps it
     trained: bool = False  # whether an optimizer that took a step holds the weight
     used: int = 0  # when a graph last computed gradients with it, in ticks of ``tick``
+    unheard: int = 0  # calls since then of graphs that use it first
 
     def state(self) -> tuple[nn.Parameter, Tensor]:
         """Threshold and offset."""
@@ -76,7 +77,6 @@ class _Registry:
     plans: Any = field(default_factory=WeakIdKeyDictionary)  # root module -> [(request, plan)]
     called: set[HiddenMask] = field(default_factory=set)  # with gradients, since the last tick
     ticks: int = 0
-    calls: int = 0  # of graphs, with gradients, since the last tick
     members: int = 0
     version: int = 0
 
@@ -108,10 +108,12 @@ def touch() -> None:
 def note_use(used: tuple[HiddenMask, ...]) -> None:
     """Note that a graph is being called that computes gradients with these masks."""
     registry.called.update(used)
-    registry.calls += 1
-    if registry.calls == UNHEARD_CALLS and used:
+    if not used:
+        return
+    used[0].unheard += 1
+    if used[0].unheard == UNHEARD_CALLS:
         warnings.warn(
-            f"the compiled model of weight '{used[0].weight.name}' has been called {UNHEARD_CALLS} times with "
+            f"the compiled graph of weight '{used[0].weight.name}' has been called {UNHEARD_CALLS} times with "
             "gradients, and no optimizer of torch.optim has stepped that holds its weights: its thresholds are "
             "neither trained nor steered. Evaluate under torch.no_grad(); for training by anything else than "
             "torch.optim prepare the model with autosparse_fx.sparsify, and call the step() of a GradientAnnealing",
@@ -124,8 +126,8 @@ def tick() -> int:
     registry.ticks += 1
     for mask in registry.called:
         mask.used = registry.ticks
+        mask.unheard = 0
     registry.called.clear()
-    registry.calls = 0
     return registry.ticks
 
 

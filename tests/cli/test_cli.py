@@ -49,6 +49,10 @@ def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str
         "    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 4))\n"
         "    model[2].weight = model[0].weight\n"
         "    return model\n"
+        "class Extra(torch.nn.Sequential):\n"
+        "    def get_extra_state(self):\n        return {'calls': 0}\n"
+        "    def set_extra_state(self, state):\n        assert state == {'calls': 3}\n"
+        "def make_extra():\n    return Extra(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))\n"
         "def tokens():\n    return torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Linear(4, 10))\n"
         "number = int\n"
     )
@@ -302,6 +306,12 @@ def test_safetensors_file_of_tied_weights(
     safetensors.save_model(model, "tied.safetensors")
     out = run(capsys, "report", f"{user_module}:make_tied", "--input", "3x4", "--weights", "tied.safetensors", "--json")
     assert json.loads(out)["sparsity"] == sparsity(model) > 0
+
+
+def test_weights_of_a_model_with_other_state(capsys: pytest.CaptureFixture[str], user_module: str) -> None:
+    state = {**made_by_user().state_dict(), "_extra_state": {"calls": 3}}
+    torch.save(state, "extra.pt")
+    run(capsys, "report", f"{user_module}:make_extra", "--input", "3x4", "--weights", "extra.pt")
 
 
 def test_weights_in_an_ordinary_safetensors_file(capsys: pytest.CaptureFixture[str], user_module: str) -> None:

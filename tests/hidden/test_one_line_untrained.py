@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hidden.compare import Mlp, one_line, without_inductor
+from hidden.compare import Mlp, one_line, options, without_inductor
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
@@ -61,6 +61,19 @@ def test_a_training_by_no_torch_optimizer_is_told_once(monkeypatch: pytest.Monke
                 parameter.data.sub_(parameter.grad, alpha=0.05)
                 parameter.grad = None
     assert len(caught) == 1
+
+
+def test_accumulation_over_many_graphs_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masks, "UNHEARD_CALLS", 10)
+    model = nn.ModuleList(Mlp() for _ in range(4))
+    for block in model:
+        block.compile(backend="autosparse", options=options())
+    optimizer = SGD(model.parameters(), lr=0.05)
+    for _ in range(3):
+        for _ in range(6):  # 24 calls of graphs
+            sum(F.cross_entropy(block(X), Y) for block in model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def test_two_optimizers_and_frozen_weights_are_no_reason_to_warn() -> None:

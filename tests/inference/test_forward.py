@@ -81,7 +81,8 @@ def detection_head(m: Any, x: Tensor) -> tuple[Tensor, ...]:
     y = F.relu(m.first(x))
     batch, _, height, width = y.shape
     boxes = m.second(y).view(batch, -1, 4, height, width).permute(0, 3, 4, 1, 2).reshape(batch, -1, 4)
-    return boxes, y, 2 * y, y.permute(0, 2, 3, 1), m.linear(y.permute(0, 2, 3, 1)), y.permute(0, 2, 3, 1).view(-1)
+    turned = y.permute(0, 2, 3, 1)
+    return boxes, y, 2 * y, turned, turned.view(-1), turned.sigmoid(), *turned.unbind(0), m.linear(turned)
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["plain model", "channels-last model"])
