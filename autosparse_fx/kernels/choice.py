@@ -47,6 +47,10 @@ CALL = 150_000  # cycles of all threads that calling a dense kernel costs about,
 # Cycles: what calling a program costs about, and each element that convolutions take from others or give to others, in
 # another layout, or products in another dtype.
 PROGRAM, CONVERT, CAST = 300_000, 2.5, 1.2
+# Cycles of all threads for each byte of a weight that is read, where that is all that a layer does: from memory (or a
+# cache that all cores share), and of small weights from a core's own cache. As seen on AMD's Zen 4.
+READ, READ_AGAIN, SMALL = 0.5, 0.1, 2**20
+ENTRY_BYTES = 8
 WORTHWHILE = 64 * 1024  # multiply-adds of the dense layer, below which nothing is gained that could be measured
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of layers that can run sparse, in float32
@@ -127,9 +131,16 @@ def choose(
     coded = (products + rows * depth * cycles.load + around) * whole_vectors
     has_zeros = entries < rows * depth
     sparse = coded if runs_code and gains(entries / (rows * depth), depth, width) else plain
+    dense, sparse = dense * vectors, sparse * vectors
+    if columns * units < LANES:  # few tokens
+        dense = max(dense, scale * _reading(rows * depth * dtype.itemsize))
+        sparse = max(sparse, _reading(entries * ENTRY_BYTES))
     gains_alone = has_zeros and sparse < MARGIN * dense
-    reason = f"estimated {dense / sparse:.1f}x"
-    return Choice(gains_alone, reason, True, dense * vectors, sparse * vectors, gains_alone)
+    return Choice(gains_alone, f"estimated {dense / sparse:.1f}x", True, dense, sparse, gains_alone)
+
+
+def _reading(size: int) -> float:
+    return size * (READ if size > SMALL else READ_AGAIN)
 
 
 def _tiles(columns: int, units: int) -> tuple[float, int]:

@@ -84,6 +84,17 @@ def test_least_zeros_that_gain_are_those_of_the_table_in_the_documentation(
     assert abs(chosen.index(True) - expected) <= 2
 
 
+@pytest.mark.parametrize("columns", [1, 2, 8])
+def test_a_few_tokens_cost_what_reading_the_weight_does(columns: int) -> None:
+    chosen = [of(n / 20, rows=3072, depth=768, columns=columns, is_plain=True).is_sparse for n in range(21)]
+    assert chosen == sorted(chosen) and not chosen[8] and chosen[18]
+    half = choose(
+        entries=235_930, rows=3072, depth=768, channels=768, columns=columns, is_plain=True, runs_code=False,
+        dtype=torch.bfloat16,
+    )  # fmt: skip
+    assert half.dense < of(0.9, rows=3072, depth=768, columns=columns, is_plain=True, runs_code=False).dense
+
+
 def test_small_layers_stay_however_many_zeros_there_are() -> None:
     choice = of(1.0, rows=4, depth=9, columns=49)
     assert not choice.is_sparse and "too small" in choice.reason
