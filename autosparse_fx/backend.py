@@ -75,7 +75,7 @@ def autosparse(
 
         if parsed.request is None and not any(is_mask(n) for n in _all_nodes(graph)):
             if not torch.is_grad_enabled():
-                return compile_for_inference(graph, parsed.inductor, compile_as_it_is)
+                return call.bind(compile_for_inference(graph, parsed.inductor, compile_as_it_is))
             log.info("no sparse kernels: they need torch.no_grad() or torch.inference_mode() around the call")
         compiled = compile_as_it_is()
     return call.bind(compiled)

@@ -214,7 +214,8 @@ def _restored(model: nn.Module) -> Iterator[None]:
             module._buffers.update(own)
         with torch.no_grad():
             for buffer, value in buffers:
-                buffer.copy_(value)
+                if not torch.equal(buffer, value):  # or it would count as written to
+                    buffer.copy_(value)
 
 
 def _as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -226,9 +227,13 @@ def _as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def unmarked(example_inputs: Any) -> Any:
-    """The inputs without what a training may have marked as dynamic: all sizes are those of the example."""
+    """The inputs without what a training may have marked as dynamic: all sizes are those of the example. Inference
+    tensors are copied, since autograd cannot keep them."""
 
     def view(x: Any) -> Any:
+        if isinstance(x, Tensor) and x.is_inference():
+            with torch.inference_mode(False):
+                return x.clone()
         is_marked = isinstance(x, Tensor) and any(name.startswith("_dynamo_") for name in vars(x))
         return x.detach().requires_grad_(x.requires_grad) if is_marked else x
 

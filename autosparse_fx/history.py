@@ -4,7 +4,7 @@ import csv
 import io
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -204,17 +204,23 @@ class History:
             axes.grid(alpha=0.3)
         return figure
 
-    def column(self, name: str) -> Tensor:
-        """What was recorded of one weight: float64 ``[records, 4]`` of step, alpha, sparsity and cut."""
-        known = [r for r in self.records if name in r.sparsity]
-        rows = [(float(r.step), r.alpha, r.sparsity[name], r.threshold[name]) for r in known]
-        return torch.tensor(rows, dtype=torch.float64).reshape(-1, 4)
+    def columns(self) -> dict[str, Tensor]:
+        """What was recorded of each weight: float64 ``[records, 4]`` of step, alpha, sparsity and cut."""
+        rows: dict[str, list[tuple[float, ...]]] = {name: [] for name in self.numel}
+        for record in self.records:
+            for name, sparsity in record.sparsity.items():
+                rows[name].append((float(record.step), record.alpha, sparsity, record.threshold[name]))
+        return {name: torch.tensor(row, dtype=torch.float64).reshape(-1, 4) for name, row in rows.items()}
 
-    def put_column(self, name: str, numel: int, column: Tensor) -> None:
-        """Enter what :meth:`column` returned."""
-        self.numel[name] = numel
-        for step, alpha, sparsity, cut in column.tolist():
-            self._columns.append(_Columns(int(step), alpha, (name,), torch.tensor([[sparsity], [cut]])))
+    def put_columns(self, columns: Mapping[str, tuple[int, Tensor]]) -> None:
+        """Enter what :meth:`columns` returned, with the number of elements of each weight."""
+        at: dict[tuple[int, float], dict[str, list[float]]] = {}
+        for name, (numel, column) in columns.items():
+            self.numel[name] = numel
+            for step, alpha, *values in column.tolist():
+                at.setdefault((int(step), alpha), {})[name] = values
+        for (step, alpha), values in at.items():
+            self._columns.append(_Columns(step, alpha, tuple(values), torch.tensor(list(values.values())).T))
 
     def become(self, other: "History") -> None:
         """Hold what another history holds."""

@@ -50,7 +50,7 @@ def threshold_mask(weight: Tensor, threshold: Tensor, alpha: Tensor) -> Tensor:
     Raises:
         TypeError: if ``weight`` is not real floating-point, or ``threshold`` is neither float32 nor float64.
     """
-    if eager.functorch_is_active():
+    if eager.functorch_is_active() or eager.forward_ad_is_active():
         _check(weight, threshold)
         # torch.func and vmap do not run a library op's autograd formula; the same values and gradients, op by op.
         return _threshold_mask_by_autograd(weight, threshold, alpha)

@@ -3,6 +3,7 @@
 import sys
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from autosparse_fx._compat.eager import ConvNd, ConvTransposeNd, is_managed_by_fsdp
@@ -126,6 +127,11 @@ def select(model: nn.Module, config: AutoSparse, used: dict[int, int] | None = N
     return selection
 
 
+def is_maskable(dtype: torch.dtype) -> bool:
+    """Whether torch computes with weights of a dtype: it stores those of 8 bits and fewer only."""
+    return dtype.is_floating_point and dtype.itemsize > 1
+
+
 def check_tensor(p: Tensor, name: str) -> None:
     """Raise where a weight is of a kind that cannot be masked."""
     if isinstance(p, nn.UninitializedParameter):
@@ -133,10 +139,10 @@ def check_tensor(p: Tensor, name: str) -> None:
             f"weight '{name}' belongs to a lazy module that has not seen an input yet: run one forward "
             "pass of the model first"
         )
-    if not p.is_floating_point():
+    if not is_maskable(p.dtype):
         raise TypeError(
-            f"weight '{name}' {list(p.shape)} is {p.dtype}, and only real floating-point weights can be "
-            f"masked: sparsify before quantizing, or leave it dense with rules={{{name!r}: None}}"
+            f"weight '{name}' {list(p.shape)} is {p.dtype}, and only real floating-point weights of 16 bits or "
+            f"more can be masked: sparsify before quantizing, or leave it dense with rules={{{name!r}: None}}"
         )
     if type(p) is not nn.Parameter and not is_dtensor(p):
         raise TypeError(

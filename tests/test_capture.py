@@ -144,6 +144,24 @@ def test_graphs_hold_no_tensors_of_the_model() -> None:
     assert len(found.graphs) == 1
 
 
+def test_buffers_that_stay_as_they_are_do_not_count_as_written_to() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    for train in (False, True):
+        model.train(train)
+        before = [(buffer._version, buffer.clone()) for buffer in model.buffers()]
+        capture(model, torch.randn(2, 1, 5, 5))
+        for buffer, (version, value) in zip(model.buffers(), before, strict=True):
+            assert torch.equal(buffer, value) and (train or buffer._version == version)
+
+
+def test_inputs_that_were_made_in_inference_mode() -> None:
+    model = autosparse_fx.sparsify(reference.mlp())
+    with torch.inference_mode():
+        x = torch.randn(2, 16)
+        assert len(capture(model, x).graphs) == 1
+    assert len(capture(model, {"input": x}).graphs) == 1
+
+
 def test_graphs_before_and_after_the_passes() -> None:
     """A tied weight is masked by each module that reads it, and once after the passes."""
     model = autosparse_fx.sparsify(reference.Tied())

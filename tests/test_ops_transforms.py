@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from op_weights import ANNEAL, MASK, THRESHOLDS, make_threshold, run_op
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -46,6 +47,18 @@ def test_vmap_of_the_op_equals_a_loop() -> None:
     looped = torch.stack([threshold_mask(w, t, alpha) for w, t in zip(weights, s, strict=True)])
     assert torch.equal(batched, looped)
     assert not bool(torch.signbit(batched[batched == 0]).any())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # which torch itself uses here
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("grad", [True, False])
+def test_dual_numbers_have_the_tangents_of_torch_func(grad: bool) -> None:
+    weight, tangent, s, alpha = torch.randn(4, 3), torch.randn(4, 3), torch.full((1,), 0.1), torch.tensor(0.3)
+    _, expected = torch.func.jvp(lambda w: threshold_mask(w, s, alpha), (weight,), (tangent,))
+    with torch.set_grad_enabled(grad), forward_ad.dual_level():
+        found = forward_ad.unpack_dual(threshold_mask(forward_ad.make_dual(weight, tangent), s, alpha)).tangent
+    assert 0 < int((expected != tangent).sum()) < 12
+    torch.testing.assert_close(found, expected)
 
 
 def test_jacrev_of_the_op_is_the_annealed_diagonal() -> None:

@@ -147,7 +147,7 @@ def test_rules_that_leave_nothing_are_refused() -> None:
         sparsify(model, AutoSparse(rules={"*": None}))
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e4m3fn])
 def test_weight_that_is_not_real_floating_point_is_refused_by_name(dtype: torch.dtype) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = nn.Parameter(torch.ones(4, 4, dtype=dtype), requires_grad=False)

@@ -24,6 +24,12 @@ ConvNd, ConvTransposeNd = _ConvNd, _ConvTransposeNd
 
 
 @torch.compiler.assume_constant_result
+def forward_ad_is_active() -> bool:
+    """Whether there are dual numbers of ``torch.autograd.forward_ad``. 2.11-2.15; no public equivalent."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+@torch.compiler.assume_constant_result
 def functorch_is_active() -> bool:
     """Whether a ``torch.func`` transform (grad, vmap, ...) is running. 2.11-2.15; no public equivalent.
 

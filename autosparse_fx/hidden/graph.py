@@ -17,8 +17,9 @@ from autosparse_fx.hidden.masks import HiddenMask, Request
 from autosparse_fx.passes.find_weights import find_weights
 from autosparse_fx.passes.insert_masks import STATE, WEIGHT, MaskSpec
 from autosparse_fx.passes.modes import function_name, is_written_to
+from autosparse_fx.selection import is_maskable
 
-FROZEN = "autosparse_frozen"  # key in the meta of a weight's node that has no mask, because it is frozen
+UNMASKED = "autosparse_unmasked"  # key in the meta of the node of a weight that the graph reads as it is
 _DIFFERENTIATING = frozenset({"_wrap_for_grad", "_make_dual"})  # what torch.func puts before a function of its inputs
 
 
@@ -42,8 +43,8 @@ def mark_weights(gm: GraphModule, request: Request | None) -> None:
     parameters = {node: parameter for node, parameter in given.items() if _may_be_masked(parameter)}
     found = find_weights(gm, given.__contains__)
     for node in found:
-        if node not in parameters and request is not None and given[node].is_floating_point():
-            node.meta[FROZEN] = True
+        if node not in parameters and given[node].is_floating_point():
+            node.meta[UNMASKED] = True
     found = {node: axis for node, axis in found.items() if node in parameters}
     if request is not None:
         weights = {parameters[node]: axis for node, axis in found.items()}
@@ -67,8 +68,14 @@ def mark_weights(gm: GraphModule, request: Request | None) -> None:
                     "the optimizer, and compile without the options"
                 )
             node.meta[WEIGHT] = _mask_spec(mask.weight.config, parameter, mask.axis)
-        elif request is not None and node in found and parameter.is_floating_point():
+        elif request is not None and node in found and _could_be_masked(parameter):
             node.meta[WEIGHT] = _mask_spec(request.config, parameter, found[node])  # for other instances of its class
+        elif mask is None and (needed or (request is not None and parameter.dim() > 1)) and not is_written_to([node]):
+            node.meta[UNMASKED] = True
+
+
+def _could_be_masked(parameter: nn.Parameter) -> bool:
+    return type(parameter) is nn.Parameter and is_maskable(parameter.dtype)
 
 
 def _mask_spec(config: AutoSparse, parameter: nn.Parameter, axis: int) -> MaskSpec:
@@ -115,8 +122,8 @@ class MaskedCall:
         self._compiled: Callable[..., Any] | None = None
         self._known: _Known | None = None
         self._examples: list[Tensor] = []
-        self._frozen = [self._source(node, placeholders) for node in gm.graph.nodes if FROZEN in node.meta]
-        self._seen_frozen: tuple[int, list[int]] | None = None  # the version of the masks at which these had none
+        self._unmasked = [self._source(node, placeholders) for node in gm.graph.nodes if UNMASKED in node.meta]
+        self._seen_unmasked: tuple[int, list[int]] | None = None  # the version of the masks at which these had none
         by_name = {node.name: node for node in gm.graph.nodes}
         for node in placeholders:
             name, field = node.meta.get(STATE, (None, None))
@@ -145,16 +152,18 @@ class MaskedCall:
     def bind(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """Return what Dynamo is to call: ``compiled`` itself where the graph has no hidden thresholds."""
         self._compiled = compiled
-        return self if self._sources or self._frozen else compiled
+        return self if self._sources or self._unmasked else compiled
 
     def __call__(self, *args: Any) -> Any:
         assert self._compiled is not None
-        if self._frozen:
-            frozen = self._weights(self._frozen, args)
-            seen = masks.version(), list(map(id, frozen))
-            if self._seen_frozen != seen:
-                _refuse_masks_of_frozen(frozen)
-                self._seen_frozen = seen
+        if self._unmasked and masks.exist():
+            unmasked = self._weights(self._unmasked, args)
+            seen = masks.version(), list(map(id, unmasked))
+            if self._seen_unmasked != seen:
+                _refuse_masks_of(unmasked)
+                self._seen_unmasked = seen
+        if not self._sources:
+            return self._compiled(*args)
         weights = self._weights(self._sources, args)
         known = self._known  # once, since threads call a graph for weights of their own
         if known is None or not known.holds_for(weights):
@@ -180,13 +189,14 @@ class MaskedCall:
         return found
 
 
-def _refuse_masks_of_frozen(weights: Sequence[nn.Parameter]) -> None:
+def _refuse_masks_of(weights: Sequence[nn.Parameter]) -> None:
     for weight in weights:
         mask = None if isinstance(weight, FakeTensor) else masks.hidden_mask(weight)
         if mask is not None:
             raise RuntimeError(
-                f"weight '{mask.weight.name}' {list(weight.shape)} was frozen when this graph was compiled (for it, or "
-                "for another one like it), which so has no mask for it, and has got one since: call "
-                "torch._dynamo.reset() once after the first step of every part of the model, or prepare the model with "
-                "model = autosparse_fx.sparsify(model) before making the optimizer"
+                f"weight '{mask.weight.name}' {list(weight.shape)} had no mask when this graph was compiled (it was "
+                "frozen, or not yet used by what is compiled with options, or so was another one like it), which so "
+                "reads it as it is, and has got one since: call torch._dynamo.reset() once after the first step of "
+                "every part of the model, or prepare it with model = autosparse_fx.sparsify(model) before making the "
+                "optimizer"
             )

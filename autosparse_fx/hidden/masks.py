@@ -90,6 +90,11 @@ def hidden_mask(parameter: Tensor) -> HiddenMask | None:
     return found
 
 
+def exist() -> bool:
+    """Whether any weight has a mask here."""
+    return len(registry.masks) > 0
+
+
 def version() -> int:
     """A number that changes whenever what is known of a weight may have changed."""
     return registry.version

@@ -1,6 +1,6 @@
 """Which weights get masks: those that a graph multiplies by, and those that were to be masked and were not."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -58,7 +58,7 @@ def register(weights: Mapping[nn.Parameter, int], around: list[nn.Parameter], re
     axes.update({p: expected[p][1] for p in weights if p in expected})  # of its layer, however the graph uses it
     new = [p for p in axes if _is_new(p, request) and registry.dense.get(p) != request]
     roots = {id(place.root): place.root for place in found.values()}
-    plans = {key: _plan(root, found, request) for key, root in roots.items()}
+    plans = _plans(roots.values(), found, request)
     owned = _owned(list(roots.values())) if new else {}
     made: list[tuple[nn.Parameter, int, MaskedWeight, Plan]] = []
     dense: list[tuple[nn.Parameter, Plan, str, str]] = []
@@ -125,23 +125,30 @@ def adopt(parameters: Sequence[nn.Parameter], loaded: Sequence[tuple[Request, Pl
             plans.append((request, plan))
 
 
-def _plan(root: nn.Module, found: Mapping[int, Place], request: Request) -> Plan:
-    plans: list[tuple[Request, Plan]] = registry.plans.setdefault(root, [])
-    for known, plan in plans:
-        if known == request:
-            return plan
-    refuse_wrappers(root)
-    candidates = collect(root)
+def _plans(roots: Iterable[nn.Module], found: Mapping[int, Place], request: Request) -> dict[int, Plan]:
+    """The plan of each model, by its id; new ones are made where there is none for the request."""
+    plans: dict[int, Plan] = {}
+    new = []
+    for root in roots:
+        known = next((plan for other, plan in registry.plans.get(root, []) if other == request), None)
+        if known is None:
+            new.append(root)
+        else:
+            plans[id(root)] = known
+    for root in new:
+        refuse_wrappers(root)
+    candidates = [candidate for root in new for candidate in collect(root)]
     names = [name for c in candidates for name in found[id(c.parameter)].names]
-    for pattern in request.config.rules:
+    for pattern in request.config.rules if new and not plans else ():
         if not any(matches(pattern, name) for name in names):
             weights = ", ".join(c.name for c in candidates if c.axis is not None) or "none"
             raise ValueError(
                 f"options: rules: {pattern!r} matches no parameter of the model; its weights are {weights}"
             )
-    plan = Plan(request.config, total_steps=request.total_steps)
-    plans.append((request, plan))
-    return plan
+    for root in new:
+        plan = plans[id(root)] = Plan(request.config, total_steps=request.total_steps)
+        registry.plans.setdefault(root, []).append((request, plan))
+    return plans
 
 
 def _is_new(parameter: nn.Parameter, request: Request) -> bool:
@@ -186,6 +193,5 @@ def unmasked_in(scope: nn.Module, request: Request) -> dict[nn.Parameter, str]:
     if all(hidden_mask(parameter) is not None for parameter in layers):
         return {}
     found = places(layers)
-    for root in {id(place.root): place.root for place in found.values()}.values():
-        _plan(root, found, request)
+    _plans({id(place.root): place.root for place in found.values()}.values(), found, request)
     return {parameter: name for parameter, (name, _) in _expected([scope], found, request).items()}

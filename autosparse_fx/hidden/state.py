@@ -30,6 +30,10 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
     Raises:
         ValueError: if no compiled graph masks any weight of the model.
     """
+    columns: dict[Plan, dict[str, torch.Tensor]] = {}
+    for _, _, mask in masks.hidden_masks(model):
+        if mask.plan not in columns:
+            columns[mask.plan] = mask.plan.history.columns()
     found = {
         _plain(name): {
             "name": mask.weight.name,
@@ -43,7 +47,7 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
             "rule": mask.weight.config.to_dict(),
             "total_steps": mask.request.total_steps,
             "floors": mask.plan.floors,
-            "history": mask.plan.history.column(mask.weight.name),
+            "history": columns[mask.plan].get(mask.weight.name, torch.empty(0, 4, dtype=torch.float64)),
         }
         for name, _, mask in masks.hidden_masks(model)
     }
@@ -74,6 +78,7 @@ def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
         raise ValueError("the state is empty: save what autosparse_fx.state_dict(model) returns")
     parameters = {_plain(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
     plans: list[tuple[Request, Plan]] = []
+    histories: dict[Plan, dict[str, tuple[int, torch.Tensor]]] = {}
     made = []
     for name, entry in state.items():
         parameter = parameters.get(name)
@@ -97,11 +102,13 @@ def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
             )
             plans.append((request, plan))
         if "history" in entry:
-            plan.history.put_column(entry["name"], parameter.numel(), entry["history"])
+            histories.setdefault(plan, {})[entry["name"]] = parameter.numel(), entry["history"]
         made.append((parameter, _mask(parameter, entry, rule, request, plan)))
     missing = [name for name, _, _ in masks.hidden_masks(model) if _plain(name) not in state]
     if missing:
         raise ValueError(f"the state lacks the thresholds of '{missing[0]}' ({len(missing)} weights in all)")
+    for plan, columns in histories.items():
+        plan.history.put_columns(columns)
     adopt([parameter for parameter, _ in made], plans)
     for parameter, mask in made:
         masks.insert(parameter, mask)

@@ -19,6 +19,7 @@ from hidden.compare import (
 )
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.testing._internal.two_tensor import TwoTensor
 
 from autosparse_fx import AutoSparse, report, sparsify, thresholds
 
@@ -325,7 +326,7 @@ def test_graph_of_frozen_weights_is_not_used_for_masked_ones() -> None:
     masked = step(x)
     assert set(thresholds(model)) == {"0.weight", "2.weight", "4.weight"} and not torch.equal(masked, dense)
     model.requires_grad_(False)
-    with pytest.raises(RuntimeError, match=r"(?s)weight '0\.weight' \[64, 16\] was frozen when.*torch\._dynamo\.reset"):
+    with pytest.raises(RuntimeError, match=r"(?s)weight '0\.weight' .* had no mask when.*torch\._dynamo\.reset"):
         step(x)
     torch._dynamo.reset()
     torch.testing.assert_close(step(x), masked)
@@ -339,8 +340,71 @@ def test_graph_of_frozen_weights_is_not_used_for_those_of_another_instance() -> 
     torch._dynamo.reset()
     torch.testing.assert_close(step(teacher, x), teacher(x))  # a graph without masks
     student.requires_grad_(False)
-    with pytest.raises(RuntimeError, match="was frozen when this graph was compiled"):
+    with pytest.raises(RuntimeError, match="had no mask when this graph was compiled"):
         step(student, x)
+
+
+def test_graph_that_was_compiled_without_options_before_the_masks_says_so() -> None:
+    """As that of an evaluation before the training."""
+    model, x = reference.mlp(), torch.randn(4, 16)
+    evaluate, step = torch.compile(lambda x: model(x), backend="autosparse"), one_line(model)
+    with torch.no_grad():
+        torch.testing.assert_close(evaluate(x), model(x))
+        one_line(reference.mlp())(x)  # masks of other weights
+        torch.testing.assert_close(evaluate(x), model(x))
+        masked = step(x)
+        with pytest.raises(RuntimeError, match=r"(?s)weight '0\.weight' .* had no mask when.*torch\._dynamo\.reset"):
+            evaluate(x)
+        torch._dynamo.reset()
+        torch.testing.assert_close(evaluate(x), masked)
+
+
+# All of torch itself: where a compiled graph begins with a computed tensor.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_graph_that_looks_up_what_a_later_one_multiplies_by_says_so() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.layer = nn.Embedding(11, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.table(x)
+            torch._dynamo.graph_break()
+            return F.linear(self.layer(x), self.table.weight)
+
+    model, x = Broken(), torch.arange(6).view(2, 3)
+    step = one_line(model)
+    step(x)
+    assert set(thresholds(model)) == {"layer.weight", "table.weight"}
+    with pytest.raises(RuntimeError, match=r"(?s)weight 'table\.weight' .* had no mask when.*torch\._dynamo\.reset"):
+        step(x)
+    torch._dynamo.reset()
+    torch.testing.assert_close(step(x), eager(model)(x))
+
+
+def test_rules_need_not_match_in_every_model_of_a_function() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scale * x
+
+    model, other, criterion, x = reference.mlp(), reference.mlp(), Scaled(), torch.randn(4, 16)
+    one_line(lambda x: criterion(model(x)), rules={"0.weight": None})(x)
+    assert set(thresholds(model)) == {"2.weight", "4.weight"}
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"rules: 'no.weight' matches no parameter"):
+        one_line(lambda x: criterion(other(x)), rules={"no.weight": None})(x)
+
+
+def test_weight_of_a_tensor_subclass_may_stay_dense() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(2, 4)
+    both = (torch.randn(4, 4), torch.randn(4, 4))
+    model[0].weight = nn.Parameter(TwoTensor(*both))
+    one_line(lambda x: model(x), rules={"0.weight": None})(x)
+    assert set(thresholds(model)) == {"1.weight"}
 
 
 @GUARDED

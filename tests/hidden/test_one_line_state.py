@@ -114,6 +114,8 @@ def test_the_saved_state_is_a_copy_of_nothing_but_plain_values() -> None:
     autosparse_fx.load_state_dict(fresh, state)
     for name, s in autosparse_fx.thresholds(run.model).items():
         assert torch.equal(autosparse_fx.thresholds(fresh)[name], s)
+    (plan,) = {masks.hidden_mask(p).plan for name, p in fresh.named_parameters() if name in state}
+    assert [len(columns.names) for columns in plan.history._columns] == [2] * 5  # as they were noted
     run.steps(5)  # what was loaded shares no memory with what was saved
     for entry, name in zip(state.values(), state, strict=True):
         loaded = masks.hidden_mask(dict(fresh.named_parameters())[name])
