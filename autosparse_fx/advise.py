@@ -160,7 +160,8 @@ def _time_sparse(layer: Layer, sparsity: float) -> float:
     buffers = [Buffer("input", channels, pixels), Buffer("output", rows, layer.columns)]
     kernels = library()
     images = 1 if is_tokens else layer.units // torch.get_num_threads()
-    program = assemble([step], buffers, kernels.machine, is_tokens=is_tokens, images=images).data
+    tokens = layer.columns if is_tokens else 0
+    program = assemble([step], buffers, kernels.machine, is_tokens=is_tokens, images=images, tokens=tokens).data
     shapes = (
         ((layer.columns, channels), (layer.columns, rows))
         if is_tokens

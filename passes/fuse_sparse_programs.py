@@ -120,8 +120,9 @@ def _fuse(gm: GraphModule, members: set[Node], *, is_tokens: bool) -> None:
     nodes = [node for node in gm.graph.nodes if node in members]
     writer = _ProgramWriter(nodes, is_tokens=is_tokens)
     kernels = library()
-    batch = size_hint(nodes[0].meta["val"].shape[0])
-    task = Task(writer.steps, writer.buffers, batch, batch // torch.get_num_threads(), is_tokens)
+    size = nodes[0].meta["val"].shape[0]
+    batch, tokens = size_hint(size), size if is_tokens and isinstance(size, int) else 0
+    task = Task(writer.steps, writer.buffers, batch, batch // torch.get_num_threads(), is_tokens, tokens)
     layouts = tuned_layouts(task, kernels) if gm.meta.get(AUTOTUNE) else [step.layout for step in task.steps]
     laid_out = task.assemble(kernels, layouts)
     place = _place(gm, members, writer.inputs)

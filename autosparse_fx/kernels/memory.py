@@ -63,16 +63,16 @@ def layout_of(
     tile_width: int,
     ring: int,
     machine: Machine,
-    is_tokens: bool,
+    tokens: int,
     images: int = 1,
     side_by_side: bool = False,
 ) -> Layout:
-    if is_tokens and not tile_width:
+    if tokens and not tile_width:
         assert buffer.kind != "arena"
         return Layout(1, buffer.channels, buffer.channels, 0, 0, 0)
     if buffer.kind != "arena":
         return Layout(buffer.columns, 1, buffer.channels * buffer.columns, 0, 0, 0)
-    columns = machine.most_vectors * machine.vector_length if is_tokens else buffer.columns
+    columns = tokens or buffer.columns
     if side_by_side:
         columns *= images
     row_stride = tile_width or round_up(columns, machine.vector_length)

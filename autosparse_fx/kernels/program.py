@@ -33,7 +33,13 @@ class Program:
 
 
 def assemble(
-    steps: Sequence[Step], buffers: Sequence[Buffer], machine: Machine, *, is_tokens: bool = False, images: int = 1
+    steps: Sequence[Step],
+    buffers: Sequence[Buffer],
+    machine: Machine,
+    *,
+    is_tokens: bool = False,
+    images: int = 1,
+    tokens: int = 0,
 ) -> Program:
     """Lay out a program for ``machine``.
 
@@ -43,6 +49,7 @@ def assemble(
         machine: what the C++ was compiled for.
         images: that one thread will work on, about; the last steps may take them side by side. 0 where threads are
             more than images, and share them.
+        tokens: that there always are; 0 where it may be any number.
         is_tokens: inputs and outputs are ``[tokens, channels]``, worked on in chunks of tokens, and every step is 1x1.
 
     Raises:
@@ -53,7 +60,8 @@ def assemble(
     blob = Blob()
     header_size = 8 * 8
     blob.add(np.zeros(header_size, np.uint8))
-    chunk = machine.most_vectors * machine.vector_length if is_tokens else 0
+    are_few = 0 < tokens < machine.vector_length
+    chunk = machine.vector_length * (1 if are_few else machine.most_vectors) if is_tokens else 0
     writers = [StepWriter(step, machine, chunk) for step in steps]
     side_by_side = 1 if is_tokens else max(1, min(images, MOST_IMAGES))
     joint_from = _joint_from(writers) if side_by_side > 1 else len(steps)
@@ -70,7 +78,7 @@ def assemble(
     rings = ring_columns(writers, buffers, chains)
     images_of = images_in_buffers(writers)
     layouts = [
-        layout_of(b, tiled.get(n, 0), rings.get(n, 0), machine, is_tokens, *images_of.get(n, (1, False)))
+        layout_of(b, tiled.get(n, 0), rings.get(n, 0), machine, chunk, *images_of.get(n, (1, False)))
         for n, b in enumerate(buffers)
     ]
     positions, arena_bytes = place(steps, chains, buffers, layouts, joint_from)

@@ -19,6 +19,7 @@
 #endif
 
 #include "columns.h"
+#include "narrow.h"
 #include "program.h"
 #include "rows.h"
 #include "shares.h"
@@ -58,6 +59,10 @@ void run_tile(const Step& s, const char* data, const Place& x, const Place& y, c
   for (int64_t i = 0; i < s.block_count; ++i) {
     const Block& b = blocks[i];
     if (b.row1 <= t.row0 || b.row0 >= t.row1) continue;
+    if (is_narrow(s, b, t)) {
+      compute_few(s, b, data, x, packed, partial, t, y, residual);
+      continue;
+    }
     const char* start = s.mode == DIRECT ? reinterpret_cast<const char*>(x.data + b.channel0 * x.row_stride + t.column0)
                                          : pack(s, b, x, picks, packed, t);
     COMPUTE[vectors - 1](s, b, data, start, partial, t, y, residual);

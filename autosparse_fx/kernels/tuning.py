@@ -40,10 +40,13 @@ class Task:
     batch: int
     images: int
     is_tokens: bool
+    tokens: int = 0
 
     def assemble(self, kernels: KernelLibrary, layouts: Sequence[Layout]) -> Program:
         steps = [replace(step, layout=layout) for step, layout in zip(self.steps, layouts, strict=True)]
-        return assemble(steps, self.buffers, kernels.machine, is_tokens=self.is_tokens, images=self.images)
+        return assemble(
+            steps, self.buffers, kernels.machine, is_tokens=self.is_tokens, images=self.images, tokens=self.tokens
+        )
 
 
 def tuned_layouts(task: Task, kernels: KernelLibrary) -> list[Layout]:
@@ -110,7 +113,7 @@ def _key(task: Task, kernels: KernelLibrary) -> bytes:
 
     So the blocks of a transformer are tuned once, and so is a network whose training goes on.
     """
-    sizes = (kernels.machine, WIDTHS, BLOCKS, task.batch, task.images, task.is_tokens, task.buffers)
+    sizes = (kernels.machine, WIDTHS, BLOCKS, task.batch, task.images, task.is_tokens, task.tokens, task.buffers)
     found = hashlib.sha256(repr(sizes).encode())
     for step in task.steps:
         links = (step.source, step.target, step.residual, step.groups, step.activation, step.window, step.weight.shape)

@@ -92,7 +92,9 @@ class Net:
         self.steps.append(Step(source, target, weight, 0.3 * torch.randn(rows), window, groups, **others))
         return target
 
-    def assemble(self, outputs: Sequence[int], is_coded: bool | None = None, images: int = 1) -> Program:
+    def assemble(
+        self, outputs: Sequence[int], is_coded: bool | None = None, images: int = 1, tokens: int = 0
+    ) -> Program:
         buffers = []
         for number, (channels, size) in enumerate(self.sizes):
             kind, index = "arena", 0
@@ -102,7 +104,7 @@ class Net:
                 kind, index = "output", list(outputs).index(number)
             buffers.append(Buffer(kind, channels, 0 if self.is_tokens else size[0] * size[1], index))
         steps = self.steps if is_coded is None else [replace(step, layout=Layout(is_coded)) for step in self.steps]
-        return assemble(steps, buffers, machine(), is_tokens=self.is_tokens, images=images)
+        return assemble(steps, buffers, machine(), is_tokens=self.is_tokens, images=images, tokens=tokens)
 
     def shape(self, number: int, batch: int) -> tuple[int, ...]:
         channels, size = self.sizes[number]
@@ -132,10 +134,11 @@ class Net:
         channels_last: bool = False,
         is_coded: bool | None = None,
         images: int = 1,
+        tokens: int = 0,
     ) -> list[Tensor]:
         """Run the program on inputs that lie among NaNs, and see that it writes nothing but its outputs."""
         return run_guarded(
-            self.assemble(outputs, is_coded, images),
+            self.assemble(outputs, is_coded, images, tokens),
             inputs,
             [self.shape(n, inputs[0].shape[0]) for n in outputs],
             channels_last=channels_last,
@@ -144,11 +147,17 @@ class Net:
     def check(self, outputs: Sequence[int], batch: int = 5, *, channels_last: bool = False) -> list[Tensor]:
         """Compare runs with the dense computation.
 
-        Patterns are entries, or machine code where that can be; images come one after the other, or side by side.
+        Patterns are entries, or machine code where that can be; images come one after the other, or side by side, and
+        tokens in chunks of two lengths.
         """
         inputs = self.random_inputs(batch)
-        for is_coded, images in {(False, 1), (False, 2), (machine().runs_code, 4)}:
-            found = self.run(inputs, outputs, channels_last=channels_last, is_coded=is_coded, images=images)
+        layouts = [
+            {"is_coded": False},
+            {"is_coded": False, "images": 2, "tokens": 1},  # tokens in chunks that are short
+            {"is_coded": machine().runs_code, "images": 4},
+        ]
+        for layout in layouts:
+            found = self.run(inputs, outputs, channels_last=channels_last, **layout)
             for y, expected in zip(found, self.expected(inputs, outputs), strict=True):
                 assert_close(y, expected)
         return found

@@ -57,6 +57,19 @@ def test_tokens_in_blocks() -> None:
     net.check([net.layer(net.input(40), 30, block_channels=7)], 150)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 7, 8, 9, 15])
+@pytest.mark.parametrize("number", [1, 2, 11])
+def test_few_tokens(count: int, number: int) -> None:
+    """As decoding has them; in blocks, of dense and empty rows, and in steps that read what others leave."""
+    net = Net(is_tokens=True)
+    weight = sparse(33, 300, 1, 1, density=0.3)
+    weight[4], weight[5] = 0, 1
+    x = net.layer(net.input(300), 33, weight=weight, block_channels=70, activation="gelu")
+    y = net.layer(net.layer(x, 50, activation="relu"), 19, density=1.0)
+    with threads(number):
+        net.check([net.layer(x, 21), y], count)
+
+
 @pytest.mark.parametrize("density", [0.0, 1.0])
 def test_tokens_with_zero_and_dense_weight(density: float) -> None:
     net = Net(is_tokens=True)
