@@ -214,7 +214,8 @@ def _restored(model: nn.Module) -> Iterator[None]:
             module._buffers.update(own)
         with torch.no_grad():
             for buffer, value in buffers:
-                if not torch.equal(buffer, value):  # or it would count as written to
+                is_plain = buffer.layout == torch.strided and not buffer.is_meta
+                if not (is_plain and torch.equal(buffer, value)):  # or it would count as written to
                     buffer.copy_(value)
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -40,7 +40,7 @@ def dense_weights(model: ModuleT) -> Iterator[ModuleT]:
     modules = masked_modules(model)
     plans = {id(m._autosparse.plan): m._autosparse.plan for _, m in modules}
     before = {
-        f"{prefix}.{slot.name}" if prefix else slot.name: _Mask.of(module, slot)
+        f"{prefix}.{slot.name}" if prefix else slot.name: (module, slot, module._autosparse.weights[slot.name])
         for prefix, module in modules
         for slot in module._autosparse_slots
     }
@@ -57,7 +57,7 @@ def dense_weights(model: ModuleT) -> Iterator[ModuleT]:
 
 @dataclass(eq=False)
 class _Mask:
-    """A mask as it was before anything was changed."""
+    """A mask as it is before any is changed."""
 
     module: MaskedModule
     slot: Slot
@@ -76,11 +76,20 @@ class _Mask:
         return cls(module, slot, state.plan, state.weights[slot.name], threshold, offset, alpha_of(module), scale)
 
 
-def _reconcile(model: nn.Module, before: dict[str, _Mask]) -> None:
-    """Bring masks in line with weights that were tied, untied, resized or replaced inside ``dense_weights``."""
+def _reconcile(model: nn.Module, before: Mapping[str, tuple[nn.Module, Slot, MaskedWeight]]) -> None:
+    """Bring masks in line with weights that were tied, untied, resized or replaced inside ``dense_weights``.
+
+    Args:
+        before: the masks that there were, by the names of their weights.
+    """
+    held_before = Counter(id(weight) for _, _, weight in before.values())
+    masks = {
+        name: _Mask.of(module, slot)
+        for name, (module, slot, _) in before.items()
+        if isinstance(module, MaskedModule) and slot in module._autosparse_slots  # or finalized inside the context
+    }
     aliases = {name: candidate for candidate in collect(model) for name in candidate.names}
-    held_before = Counter(id(mask.weight) for mask in before.values())
-    known = {(id(mask.module), mask.slot.name): mask for mask in before.values()}
+    known = {(id(mask.module), mask.slot.name): mask for mask in masks.values()}
     present = {id(module) for candidate in aliases.values() for module, _ in candidate.holders}
     arrived = [
         _Mask.of(module, slot)
@@ -93,10 +102,10 @@ def _reconcile(model: nn.Module, before: dict[str, _Mask]) -> None:
     in_use = {id(mask.threshold) for mask in known.values() if id(mask.module) in present}
     taken: set[int] = set()
     done: set[int] = set()
-    for name, mask in before.items():
+    for name, mask in masks.items():
         candidate = aliases.get(name)
-        if candidate is None or id(candidate) in done or not isinstance(mask.module, MaskedModule):
-            continue  # gone, seen already, or finalized inside the context
+        if candidate is None or id(candidate) in done:
+            continue  # gone, or seen already
         done.add(id(candidate))
         if candidate.axis is None and not _still_multiplied(mask.weight, candidate):
             for module, held in candidate.holders:
@@ -117,7 +126,7 @@ def _reconcile(model: nn.Module, before: dict[str, _Mask]) -> None:
             threshold, offset = nn.Parameter(threshold.detach().clone(), threshold.requires_grad), offset.clone()
             weight = replace(weight, name=name, held_by=len(candidate.holders))
         elif stayed:  # there may be more of them outside of `model`
-            weight.held_by += len(candidate.holders) - held_before[id(weight)]
+            weight.held_by += len(candidate.holders) - held_before.get(id(weight), weight.held_by)
         if threshold.shape != threshold_shape(candidate.parameter, axis, weight.config):
             threshold, offset = _resized(candidate.parameter, axis, weight, threshold, offset)
         taken |= {id(threshold), id(offset)}
@@ -150,7 +159,7 @@ def _rescaled(mask: _Mask, other: Tensor) -> Tensor:
     weight: Tensor = stored_weight(mask.module, mask.slot)
     if weight.is_meta or other.is_meta:
         return mask.offset.clone()
-    weight, other = (full_tensor(w.detach()).float() for w in (weight, other))
+    weight, other = (full_tensor(w.detach()).to(weight.device).float() for w in (weight, other))
     if weight.dim() == other.dim():  # what both of them have: a copy that has grown is cut as it was
         common = tuple(slice(min(sizes)) for sizes in zip(weight.shape, other.shape, strict=True))
         weight, other = weight[common], other[common]

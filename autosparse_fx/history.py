@@ -214,12 +214,13 @@ class History:
 
     def put_columns(self, columns: Mapping[str, tuple[int, Tensor]]) -> None:
         """Enter what :meth:`columns` returned, with the number of elements of each weight."""
-        at: dict[tuple[int, float], dict[str, list[float]]] = {}
+        at: dict[tuple[tuple[float, ...], int, float], dict[str, list[float]]] = {}
         for name, (numel, column) in columns.items():
             self.numel[name] = numel
+            steps = tuple(column[:, 0].tolist())  # the same for those that were noted together
             for step, alpha, *values in column.tolist():
-                at.setdefault((int(step), alpha), {})[name] = values
-        for (step, alpha), values in at.items():
+                at.setdefault((steps, int(step), alpha), {})[name] = values
+        for (_, step, alpha), values in at.items():
             self._columns.append(_Columns(step, alpha, tuple(values), torch.tensor(list(values.values())).T))
 
     def become(self, other: "History") -> None:

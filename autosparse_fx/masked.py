@@ -29,6 +29,7 @@ from autosparse_fx.refusals import (
     refuse_late_dtensor,
     refuse_lookup,
     refuse_second_owner,
+    refuse_stateless_copy,
     refuse_symbolic_trace,
 )
 
@@ -54,6 +55,8 @@ class MaskedModule(MaskedState):
         make = (cls._autosparse_base, cls._autosparse_slots, cls._autosparse_scale)
         if reduced[0] is copyreg.__newobj__ and reduced[1] == (cls,):  # type: ignore[attr-defined]
             return (_new_masked_module, make, *reduced[2:])
+        if len(reduced) < 3 or not reduced[2]:
+            refuse_stateless_copy(self)
         # The class has a way of its own to make one, which is to make a plain one.
         ways = [cls._autosparse_base if way is cls else way for way in (reduced[0], *reduced[1])]
         return (_masked_again, (*make, ways[0], tuple(ways[1:])), *reduced[2:])

@@ -46,6 +46,13 @@ def refuse_copy(module: Any) -> None:
     )
 
 
+def refuse_stateless_copy(module: Any) -> None:
+    raise RuntimeError(
+        f"{describe(module, module._autosparse_slots[0].name)} is masked by autosparse_fx, and the __reduce__ of its "
+        "class keeps nothing of its threshold: copy it before sparsify or after finalize, or save its state_dict()"
+    )
+
+
 def refuse_assignment(module: Any, name: str, value: object) -> None:
     raise TypeError(
         f"{describe(module, name)} is masked by autosparse_fx and cannot become a {type(value).__name__}: assign a "

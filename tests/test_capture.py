@@ -154,6 +154,12 @@ def test_buffers_that_stay_as_they_are_do_not_count_as_written_to() -> None:
             assert torch.equal(buffer, value) and (train or buffer._version == version)
 
 
+def test_buffers_without_values() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+        assert len(capture(model, torch.randn(2, 1, 5, 5)).graphs) == 1
+
+
 def test_inputs_that_were_made_in_inference_mode() -> None:
     model = autosparse_fx.sparsify(reference.mlp())
     with torch.inference_mode():

@@ -381,6 +381,28 @@ def test_finalized_inside_is_finalized() -> None:
         assert masked_names(model) == (set() if whole else {"2.weight", "4.weight"})
 
 
+def test_state_that_is_loaded_inside_by_assignment_stays() -> None:
+    model, other = trained(), trained(0.5)
+    state = {name: t.clone() for name, t in other.state_dict().items()}
+    with dense_weights(model):
+        model.load_state_dict(state, assign=True)
+    for name, t in model.state_dict().items():
+        assert torch.equal(t, state[name]), name
+    assert_masked(model)
+
+
+def test_meta_model_that_becomes_real_inside() -> None:
+    with torch.device("meta"):
+        model = sparsify(reference.mlp(), CONFIG)
+    with dense_weights(model):
+        model.to_empty(device="cpu")
+        for layer in model:
+            if isinstance(layer, nn.Linear):
+                layer.reset_parameters()
+    assert not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
+    assert_masked(model)
+
+
 def test_replaced_on_the_meta_device() -> None:
     with torch.device("meta"):
         model = sparsify(reference.mlp(), CONFIG)

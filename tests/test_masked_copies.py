@@ -205,6 +205,17 @@ class Reduced(nn.Linear):
         return Reduced, (self.in_features, self.out_features), self.__dict__
 
 
+class Stateless(nn.Linear):
+    def __reduce__(self) -> Any:
+        return Stateless, (self.in_features, self.out_features)
+
+
+def test_class_that_copies_itself_without_its_state_is_refused() -> None:
+    model = sparsify(nn.Sequential(Stateless(4, 4)))
+    with pytest.raises(RuntimeError, match=r"keeps nothing of its threshold: copy it before sparsify"):
+        copy.deepcopy(model)
+
+
 class ReducedByType(nn.Linear):
     def __reduce__(self) -> Any:
         return type(self), (self.in_features, self.out_features), self.__dict__

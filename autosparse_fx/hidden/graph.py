@@ -197,6 +197,6 @@ def _refuse_masks_of(weights: Sequence[nn.Parameter]) -> None:
                 f"weight '{mask.weight.name}' {list(weight.shape)} had no mask when this graph was compiled (it was "
                 "frozen, or not yet used by what is compiled with options, or so was another one like it), which so "
                 "reads it as it is, and has got one since: call torch._dynamo.reset() once after the first step of "
-                "every part of the model, or prepare it with model = autosparse_fx.sparsify(model) before making the "
-                "optimizer"
+                "every part of the model (and then the masked one first), or prepare it with "
+                "model = autosparse_fx.sparsify(model) before making the optimizer"
             )
