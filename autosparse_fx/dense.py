@@ -33,7 +33,9 @@ def dense_weights(model: ModuleT) -> Iterator[ModuleT]:
     Hugging Face's ``tie_weights`` and ``resize_token_embeddings``. (Not for fusing batch norms, which scales weights
     and not their cuts: finalize first.) On leaving, weights that were tied share one threshold, those that were untied
     have their own, per-channel thresholds follow a changed number of channels, and a module that replaced a masked one
-    at the same name is masked in its place.
+    at the same name is masked in its place, by the same cut in standard deviations of its own weights; one that came
+    from elsewhere in the model, or from another sparse one, brings its threshold. What ``reset_parameters()``
+    initialised begins with a new threshold.
 
     A model that is not sparse passes through unchanged.
     """
@@ -144,9 +146,10 @@ def _state_in_place_of(
         is_in_use: whether the threshold of ``mask`` is still that of another weight.
     """
     if own is not None:
-        ratio = own.scale / mask.scale
-        made = nn.Parameter(own.threshold.detach() * ratio, own.threshold.requires_grad)
-        return own.threshold if ratio == 1 else made, own.offset
+        if own.scale == mask.scale:
+            return own.threshold, own.offset
+        scaled = own.threshold.detach() * (own.scale / mask.scale)
+        return nn.Parameter(scaled, own.threshold.requires_grad), own.offset
     threshold = mask.threshold
     if is_in_use:
         threshold = nn.Parameter(threshold.detach().clone(), threshold.requires_grad)
