@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from autosparse_fx._compat.dynamo_graphs import size_hint
 from autosparse_fx.kernels import choice, ops  # noqa: F401  (the operators must exist)
-from autosparse_fx.kernels.choice import DENSE_SCALE, Choice, choose, lacking
+from autosparse_fx.kernels.choice import DENSE_SCALE, MOST_TAPS, Choice, choose, lacking
 from autosparse_fx.passes.casts import drop_casts_between, narrowed, widened
 from autosparse_fx.passes.constants import constant, new_constant, remove_unused_constants
 from autosparse_fx.passes.epilogues import activation_of, only_user, same_shape
@@ -88,6 +88,8 @@ def _unsupported(node: Node) -> str:
         return f"{value.dim() - 2}-dimensional" if value.dim() > 2 else "without a batch dimension"
     if reason := lacking(stored, value):
         return reason
+    if stored[0, 0].numel() > MOST_TAPS:
+        return f"a window of {' x '.join(map(str, stored.shape[2:]))}"
     if not _is_static(value) or not _is_static(source.meta["val"]):  # type: ignore[union-attr]
         return "the size of its images is dynamic"
     return ""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from autosparse_fx._compat import cpu
 from autosparse_fx.kernels.machine_code import gains
-from autosparse_fx.kernels.step_writer import GATHER_ROWS
+from autosparse_fx.kernels.step_writer import GATHER_ROWS, OFFSETS
 from autosparse_fx.kernels.steps import JOINT_COLUMNS, MOST_IMAGES
 
 LANES, TILE = 16, 8  # columns are computed in vectors of this size, and tiles of so many
@@ -50,8 +50,10 @@ PROGRAM, CONVERT, CAST = 300_000, 2.5, 1.2
 # Cycles of all threads for each byte of a weight that is read, where that is all that a layer does: from memory (or a
 # cache that all cores share), and of small weights from a core's own cache. As seen on AMD's Zen 4.
 READ, READ_AGAIN, SMALL = 0.5, 0.1, 2**20
-ENTRY_BYTES = 8
+ENTRY_BYTES = 6
 WORTHWHILE = 64 * 1024  # multiply-adds of the dense layer, below which nothing is gained that could be measured
+
+MOST_TAPS = OFFSETS // LANES  # of a window
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of layers that can run sparse, in float32
 CHOICE = "autosparse_choice"  # where the node of a convolution or product keeps whether it runs sparse

@@ -36,14 +36,14 @@ void compute_narrow(const Step& s, const Block& b, const char* data, const Place
     const float* channel = source + c * x.row_stride;
     for (int64_t i = 0; i < N; ++i) target[i] = i < t.columns ? channel[i * x.column_stride] : 0.0f;
   }
-  const char* start = reinterpret_cast<const char*>(packed);
   const int32_t* starts = reinterpret_cast<const int32_t*>(data + b.starts);
-  const Entry* entries = reinterpret_cast<const Entry*>(data + b.entries);
+  const Offset* offsets = reinterpret_cast<const Offset*>(data + b.offsets);
+  const float* values = reinterpret_cast<const float*>(data + b.values);
   const float* bias = reinterpret_cast<const float*>(data + s.bias);
-  auto product = [&](const Entry& e) C10_ALWAYS_INLINE_ATTRIBUTE {
+  auto product = [&](int64_t e) C10_ALWAYS_INLINE_ATTRIBUTE {
     Lane columns;
-    std::memcpy(&columns, start + (e.offset >> SHIFT), sizeof(Lane));
-    return columns * e.value;
+    std::memcpy(&columns, packed + (offsets[e] >> SHIFT), sizeof(Lane));
+    return columns * values[e];
   };
   for (int64_t m = std::max(b.row0, t.row0), end = std::min(b.row1, t.row1); m < end; ++m) {
     float* sums = partial + (m - t.row0) * VL;
@@ -55,13 +55,13 @@ void compute_narrow(const Step& s, const Block& b, const char* data, const Place
     }
     Lane acc[4] = {};  // so that no sum waits for the one before
     std::memcpy(&acc[0], line, sizeof(Lane));
-    const Entry* e = entries + starts[m - b.row0];
-    const Entry* stop = entries + starts[m - b.row0 + 1];
+    int64_t e = starts[m - b.row0];
+    const int64_t stop = starts[m - b.row0 + 1];
     for (; e + 4 <= stop; e += 4) {
-      __builtin_prefetch(reinterpret_cast<const char*>(e) + 1024, 0, 3);
-      for (int i = 0; i < 4; ++i) acc[i] += product(e[i]);
+      prefetch_entries(offsets + e, values + e);
+      for (int i = 0; i < 4; ++i) acc[i] += product(e + i);
     }
-    for (; e != stop; ++e) acc[0] += product(*e);
+    for (; e != stop; ++e) acc[0] += product(e);
     const Lane sum = (acc[0] + acc[1]) + (acc[2] + acc[3]);
     std::memcpy(line, &sum, sizeof(Lane));
     Vec made[1] = {Vec::loadu(line)};

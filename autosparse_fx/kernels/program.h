@@ -15,16 +15,15 @@ constexpr int MAX_NV = 16;  // vectors of the widest tile
 // How much further the arguments of machine code point (see machine_code.py).
 constexpr int64_t X_BIAS = 128 * 64, WEIGHT_BIAS = 128 * 4;
 
-struct Entry {
-  int32_t offset;  // bytes from the start of the tile in the packed block, or in the source where it is read directly
-  float value;
-};
+// Floats from the start of the tile in the packed block, or in the source where it is read directly. Two bytes, because
+// what a layer of few columns takes is the time to read its weights.
+using Offset = uint16_t;
 
 struct Block {  // rows [row0, row1) over input channels [channel0, channel1)
   int64_t row0, row1, channel0, channel1, first, last;
-  int64_t starts;  // byte position in data: row1 - row0 + 1 positions in entries, int32
-  int64_t entries;
-  int64_t groups, group_count;  // instead of the entries, where the pattern is machine code
+  int64_t starts;  // byte position in data: for row1 - row0 + 1 rows, where their entries begin, int32
+  int64_t offsets, values;  // byte positions in data: of each entry, Offset and float
+  int64_t groups, group_count;  // instead of entries, where the pattern is machine code
 };
 
 struct Group {  // rows [row0, row1) as machine code

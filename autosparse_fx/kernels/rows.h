@@ -113,12 +113,20 @@ void compute_coded(const Step& s, const Block& b, const char* data, const char* 
   }
 }
 
+// What is read some hundreds of entries later.
+inline void prefetch_entries(const Offset* offset, const float* value) {
+  __builtin_prefetch(reinterpret_cast<const char*>(offset) + 512, 0, 3);
+  __builtin_prefetch(reinterpret_cast<const char*>(value) + 1024, 0, 3);
+}
+
 // Rows of one block whose pattern is entries.
 template <int NV>
 void compute_entries(const Step& s, const Block& b, const char* data, const char* x, float* partial, Tile t,
                      const Place& y, const Place& residual) {
   const int32_t* starts = reinterpret_cast<const int32_t*>(data + b.starts);
-  const Entry* entries = reinterpret_cast<const Entry*>(data + b.entries);
+  const Offset* offsets = reinterpret_cast<const Offset*>(data + b.offsets);
+  const float* values = reinterpret_cast<const float*>(data + b.values);
+  const float* source = reinterpret_cast<const float*>(x);
   const float* bias = reinterpret_cast<const float*>(data + s.bias);
   for (int64_t m = std::max(b.row0, t.row0), end = std::min(b.row1, t.row1); m < end; ++m) {
     Vec acc[NV];
@@ -128,12 +136,10 @@ void compute_entries(const Step& s, const Block& b, const char* data, const char
     } else {
       for (int j = 0; j < NV; ++j) acc[j] = Vec::loadu(sums + j * VL);
     }
-    const Entry* e = entries + starts[m - b.row0];
-    const Entry* stop = entries + starts[m - b.row0 + 1];
-    for (; e != stop; ++e) {
-      __builtin_prefetch(reinterpret_cast<const char*>(e) + 1024, 0, 3);
-      const float* p = reinterpret_cast<const float*>(x + e->offset);
-      const Vec v(e->value);
+    for (int64_t e = starts[m - b.row0], stop = starts[m - b.row0 + 1]; e != stop; ++e) {
+      prefetch_entries(offsets + e, values + e);
+      const float* p = source + offsets[e];
+      const Vec v(values[e]);
 #pragma GCC unroll 16
       for (int j = 0; j < NV; ++j) acc[j] = at::vec::fmadd(v, Vec::loadu(p + j * VL), acc[j]);
     }

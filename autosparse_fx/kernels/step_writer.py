@@ -1,6 +1,7 @@
 """Lays out one step: how it reads its source, and its weights that are not zero, in blocks of channels."""
 
 import itertools
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +15,7 @@ from autosparse_fx.kernels.steps import ACTIVATIONS, JOINT_COLUMNS, MODES, Machi
 CACHE_BYTES = {"grid": 32 * 1024} | dict.fromkeys(("plain", "direct", "gathered", "depthwise"), 64 * 1024)
 GATHER_ROWS = 96  # of a weight, from which packing a row per tap pays whatever the width of the image
 CODE_TILE = 16
+OFFSETS = 2**16  # floats of packed channels that the offset of an entry reaches
 CODE_ENTRIES = 1000  # of a group of rows in a block, so that its instructions stay in the cache
 _ALIGNMENT = 64
 
@@ -69,9 +71,12 @@ class StepWriter:
         narrow = _tile_vectors(columns, machine, machine.most_vectors)
         layout = step.layout
         by_code = gains(self.density, self.depth, narrow) if layout.is_coded is None else layout.is_coded
-        widest = CODE_TILE if machine.runs_code and by_code and not tokens else machine.most_vectors
+        may_be_coded = machine.runs_code and by_code
+        widest = CODE_TILE if may_be_coded and not tokens else machine.most_vectors
+        if not may_be_coded:
+            widest = max(1, min(widest, OFFSETS // (math.prod(kernel) * machine.vector_length)))
         self.mode = step.mode or self._default_mode(widest * machine.vector_length)
-        self.is_coded = machine.runs_code and by_code and self.mode != "depthwise"
+        self.is_coded = may_be_coded and self.mode != "depthwise"
         if self.mode == "depthwise":
             widest = machine.most_vectors
         most = min(widest, layout.most_vectors or (machine.most_vectors if is_narrow else widest))
@@ -83,6 +88,10 @@ class StepWriter:
         else:
             self.packing = gathered(self.window, self.kernel, width)
         wanted = step.block_channels or max(1, round(layout.block_share * self._default_block_channels()))
+        if not self.is_coded and self.mode != "depthwise":
+            if self.packing.floats > OFFSETS:
+                raise ValueError(f"a window of {' x '.join(map(str, kernel))} is too large for sparse kernels")
+            wanted = min(wanted, OFFSETS // self.packing.floats)
         # As few blocks as that allows, all of about the same size.
         self.block_channels = -(-self.group_channels // -(-self.group_channels // min(self.group_channels, wanted)))
 
@@ -180,25 +189,24 @@ class StepWriter:
                 blocks.append([row0, row0 + rows, base + start, base + stop, int(is_first), int(is_last), *positions])
         return blocks
 
-    def _pattern(self, blob: Blob, weight: Tensor, row0: int, is_first: bool) -> tuple[int, int, int, int]:
+    def _pattern(self, blob: Blob, weight: Tensor, row0: int, is_first: bool) -> tuple[int, int, int, int, int]:
         """The last fields of a block: where its pattern is."""
         row, channel, y, x = (i.numpy() for i in weight.nonzero(as_tuple=True))
         tap = y * self.kernel[1] + x
-        offset, value = 4 * (channel * self.packing.floats + self.packing.offsets[tap]), weight[weight != 0].numpy()
+        offset, value = channel * self.packing.floats + self.packing.offsets[tap], weight[weight != 0].numpy()
         starts = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=weight.shape[0]))])
         if not self.is_coded:
-            entries = np.empty(len(row), np.dtype([("offset", np.int32), ("value", np.float32)]))
-            entries["offset"], entries["value"] = offset, value
-            return blob.add(starts.astype(np.int32)), blob.add(entries), 0, 0
+            return blob.add(starts.astype(np.int32)), blob.add(offset.astype(np.uint16)), blob.add(value), 0, 0
         groups = []
         for first, stop in self._groups():
             if not row0 <= first < row0 + len(weight):
                 continue
             mine = np.arange(starts[first - row0], starts[stop - row0])
             mine = mine[np.argsort(offset[mine], kind="stable")]
-            code = group_code(row[mine] - (first - row0), offset[mine], stop - first, 4 * self.width, is_first=is_first)
+            at, stride = 4 * offset[mine], 4 * self.width  # in bytes
+            code = group_code(row[mine] - (first - row0), at, stop - first, stride, is_first=is_first)
             groups.append([first, stop, blob.add(np.frombuffer(code, np.uint8)), blob.add(value[mine])])
-        return 0, 0, blob.add(np.array(groups, np.int64)), len(groups)
+        return 0, 0, 0, blob.add(np.array(groups, np.int64)), len(groups)
 
     def _groups(self) -> list[tuple[int, int]]:
         """Rows that share machine code, of about the same number."""

@@ -163,6 +163,22 @@ def test_blocks_of_channels(block_channels: int, groups: int, mode: str) -> None
     net.check([1])
 
 
+@pytest.mark.parametrize(("kernel", "mode"), [((33, 33), "gathered"), ((64, 64), "gathered"), ((40, 90), "")])
+def test_windows_so_large_that_their_tiles_are_narrow(kernel: tuple[int, int], mode: str) -> None:
+    """An entry's offset has two bytes."""
+    step = Step(0, 1, torch.ones(3, 2, *kernel), torch.zeros(3), Window((80, 120), (80, 120)), mode=mode)
+    for vector_length in (4, 8, 16):
+        writer = StepWriter(step, Machine(vector_length, 8, False))
+        assert writer.block_channels * writer.packing.floats <= 2**16
+    one_layer(2, (80, 120), 3, kernel, padding=30, density=0.02, mode=mode).check([1], 1)
+
+
+def test_a_window_that_offsets_do_not_reach() -> None:
+    step = Step(0, 1, torch.ones(3, 2, 65, 65), torch.zeros(3), Window((80, 80), (16, 16)), mode="gathered")
+    with pytest.raises(ValueError, match="65 x 65 is too large"):
+        StepWriter(step, Machine(16, 8, False))
+
+
 @pytest.mark.parametrize("rows", [95, 96, 130])  # around where packing a row per tap begins
 def test_default_mode_by_rows(rows: int) -> None:
     one_layer(20, 14, rows, 3, padding=1).check([1])

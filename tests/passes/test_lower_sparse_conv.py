@@ -259,6 +259,11 @@ def test_too_small_a_layer_stays() -> None:
     left_alone(captured(conv(16, 4), x=X[:, :, :5, :5]), "too small")
 
 
+def test_too_large_a_window_stays() -> None:
+    layer = conv(1, 2, kernel=(65, 64), padding=0)
+    left_alone(captured(layer, x=torch.randn(1, 1, 70, 70)), "a window of 65 x 64")
+
+
 def test_float64_stays() -> None:
     left_alone(Captured(prune(conv()).double(), X.double()), "compute in float32")
 
