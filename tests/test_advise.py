@@ -1,11 +1,13 @@
 """advise: what is timed, what is not, and that nothing is left behind."""
 
 import json
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import autosparse_fx
 from autosparse_fx import advise
@@ -97,6 +99,31 @@ def test_inputs_that_do_not_fit_are_refused_by_name() -> None:
         advise(Net(), torch.randn(2, 5, 8, 8))
 
 
-def test_prepared_models_can_be_asked_about() -> None:
-    model = autosparse_fx.sparsify(nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8)))
-    assert isinstance(advise(model, torch.randn(4, 32), sparsities=(0.9,)), Advice)
+def _prepared(granularity: str) -> nn.Module:
+    config = autosparse_fx.AutoSparse(granularity=granularity)
+    return autosparse_fx.sparsify(nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8)), config)
+
+
+def _normalised() -> nn.Module:
+    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(32, 64)), nn.Linear(64, 8))
+
+
+def _pruned() -> nn.Module:
+    model = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 8))
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (lambda: _prepared("layer"), ["0.weight", "2.weight"]),
+        (lambda: _prepared("channel"), ["0.weight", "2.weight"]),
+        (_normalised, ["0.parametrizations.weight.original1", "1.weight"]),
+        (_pruned, ["0.weight_orig", "1.weight"]),
+    ],
+    ids=["prepared", "by channel", "normalised", "pruned"],
+)
+def test_computed_weights_are_named_by_what_holds_their_values(make: Callable[[], nn.Module], names: list[str]) -> None:
+    """And not by thresholds or magnitudes, which are parameters too."""
+    assert [layer.name for layer in advise(make(), torch.randn(4, 32), sparsities=(0.9,)).layers] == names

@@ -65,7 +65,8 @@ def layers(model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any] |
             weights = {names[id(t)]: t for t in state.values() if t.dim() > 1 and id(t) in names}
             found.extend(_dense(name, weight, graph) for name, weight in weights.items())
         else:
-            by_constant = {f"constant_{number}": names.get(id(tensor), "") for number, tensor in state.items()}
+            by_size = sorted(state.items(), key=lambda item: (item[1].numel(), item[1].dim()), reverse=True)
+            by_constant = {f"constant_{number}": names.get(id(tensor), "") for number, tensor in by_size}
             found.extend(_layers(with_constants(graph, state), by_constant))
         return gm.forward
 
@@ -99,10 +100,10 @@ def _layers(graph: GraphModule, names: dict[str, str]) -> list[Layer]:
 
 
 def _name(weight: object, names: dict[str, str]) -> str:
-    """The parameter that a weight is, or the first of those that it was computed from."""
+    """The parameter that a weight is, or the first in ``names`` of those that it was computed from."""
     node = constant_node(weight)
     sources = [] if node is None else node.meta.get(FOLDED_FROM, [str(node.target)])
-    return next((names[source] for source in sources if names.get(source)), "")
+    return next((name for source, name in names.items() if name and source in sources), "")
 
 
 def _geometry(node: Node) -> tuple[tuple[int, ...], int, int, Window | None, int, torch.dtype]:
