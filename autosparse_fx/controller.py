@@ -1,16 +1,18 @@
 """The controller of an annealer: it shifts thresholds to the scheduled sparsity, and finds out where that failed."""
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from autosparse_fx.config import AutoSparse
 from autosparse_fx.masked import MaskedModule
 from autosparse_fx.steering import (
+    Shift,
     SteeredWeight,
-    explain_failure,
+    explain_divergence,
+    explain_out_of_reach,
     masked_fraction,
     refuse_unreachable,
     scheduled_sparsity,
@@ -33,6 +35,7 @@ class Controller:
         self._config = config
         self.floors: list[list[float]] | None = None
         self._checks: list[_DeferredCheck] = []
+        self._out_of_reach: set[float] = set()  # targets that were warned of
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_checks": []}
@@ -66,18 +69,31 @@ class Controller:
 
         Raises:
             RuntimeError: if this shift, or on a GPU the one before it, was not finite.
+
+        Warns:
+            UserWarning: once for each target, if it, or on a GPU the one before it, fell short of the schedule.
         """
-        for check in self._take_checks(on_device=True):
-            check.raise_if_failed()
+        self._look_at(self._take_checks(on_device=True))
         groups = steered_groups(modules)
         exact = exact or progress == 1
         for (target, _), weights in groups.items():
             sparsity = self.scheduled(target, progress)
             limit = self._config.max_layer_sparsity
-            finite = steer(weights, sparsity, limit, ramping=sparsity < target, exact=exact)
-            self._checks.append(_DeferredCheck(finite, weights, target))
-        for check in self._take_checks(on_device=progress == 1):
-            check.raise_if_failed()
+            shift = steer(weights, sparsity, limit, ramping=sparsity < target, exact=exact)
+            self._checks.append(_DeferredCheck(shift, weights, target))
+        self._look_at(self._take_checks(on_device=progress == 1))
+
+    def _look_at(self, checks: "list[_DeferredCheck]") -> None:
+        for check in checks:
+            finite, reached = check.result()
+            if not finite:
+                raise RuntimeError(explain_divergence(check.weights))
+            if not reached and check.target not in self._out_of_reach:
+                self._out_of_reach.add(check.target)
+                warnings.warn(
+                    f"{explain_out_of_reach(check.weights, check.target)}. The training goes on as sparse as can be",
+                    stacklevel=2,
+                )
 
     def _take_checks(self, *, on_device: bool) -> "list[_DeferredCheck]":
         """Those that need no waiting, or all of them."""
@@ -94,24 +110,23 @@ def _masked_now(groups: dict[tuple[float, torch.device], list[SteeredWeight]]) -
 
 
 class _DeferredCheck:
-    """Whether a shift was finite, looked at once the device has come that far, without waiting for it."""
+    """How a shift went, looked at once the device has come that far, without waiting for it."""
 
-    def __init__(self, finite: Tensor, weights: list[SteeredWeight], target: float) -> None:
-        self.on_device = finite.device.type != "cpu"
-        self._finite = finite
-        self._weights = weights
-        self._target = target
+    def __init__(self, shift: Shift, weights: list[SteeredWeight], target: float) -> None:
+        self.weights, self.target = weights, target
+        self._result = torch.stack(shift)
+        self.on_device = self._result.device.type != "cpu"
         self._ready: torch.cuda.Event | None = None
-        if finite.is_cuda:
-            pinned = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
-            with torch.cuda.device(finite.device):
-                self._finite = pinned.copy_(finite, non_blocking=True)
+        if self._result.is_cuda:
+            pinned = torch.empty(2, dtype=torch.bool, device="cpu", pin_memory=True)
+            with torch.cuda.device(self._result.device):
+                self._result = pinned.copy_(self._result, non_blocking=True)
                 self._ready = torch.cuda.Event()
                 self._ready.record()
 
-    def raise_if_failed(self) -> None:
+    def result(self) -> tuple[bool, bool]:
+        """Whether it was finite, and whether it reached the sparsity."""
         if self._ready is not None and not self._ready.query():
             self._ready.synchronize()  # a whole interval old: long done
-        if bool(self._finite):
-            return
-        raise RuntimeError(explain_failure(self._weights, self._target))
+        finite, reached = self._result.tolist()
+        return finite, reached

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from autosparse_fx._compat import eager
+from autosparse_fx.arguments import check_module
 from autosparse_fx.attach import attach, detach, masked_modules, remask
 from autosparse_fx.config import AutoSparse
 from autosparse_fx.consistency import is_masked, refuse_broken_ties
@@ -23,7 +24,7 @@ from autosparse_fx.ownership import holders, remember_finalized
 from autosparse_fx.plan import MaskedWeight, Plan, Slot
 from autosparse_fx.report import group_sparsities
 from autosparse_fx.selection import collect, is_embedding, refuse_lazy_parameters, refuse_wrappers, select
-from autosparse_fx.steering import TOLERANCE, explain_failure, steer, steered_groups
+from autosparse_fx.steering import TOLERANCE, explain_divergence, explain_out_of_reach, steer, steered_groups
 
 __all__ = ["finalize", "sparsify"]
 
@@ -62,8 +63,7 @@ def sparsify(
         TypeError, ValueError: if a rule matches nothing, a weight cannot be masked, nothing is left to mask, or the
             model was prepared with another configuration. The model is then unchanged.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"sparsify takes a torch.nn.Module, got {type(model).__name__}")
+    check_module(model, "sparsify")
     hidden = list(hidden_masks(model))
     if config is None:
         config = hidden[0][2].request.config if hidden else AutoSparse()
@@ -148,11 +148,13 @@ def finalize(model: ModuleT, *, reach_target: bool = False) -> ModuleT:
             that joined the model after ``sparsify`` was never masked.
 
     Raises:
+        TypeError: if ``model`` is no module.
         ValueError: if nothing in ``model`` is sparse, weights are on the meta device, were tied outside of
             ``dense_weights``, or are tied to masked ones outside of ``model``, or it is to reach a target and has none.
         RuntimeError: if a masked module was wrapped by FSDP2 or parametrized meanwhile, or if the target is out of
             reach; the model is then unchanged.
     """
+    check_module(model, "finalize")
     modules = all_masked_modules(model)
     if not modules:
         raise ValueError(
@@ -246,10 +248,13 @@ def _steer_to_targets(modules: list[tuple[str, Any]]) -> None:
         raise ValueError("finalize: reach_target needs a target, and the model was prepared with target_sparsity=None")
     before = [(offset, offset.clone()) for weights in groups.values() for w in weights for offset in w.offsets]
     for (target, _), weights in groups.items():
-        if not steer(weights, target, weights[0].module._autosparse.plan.config.max_layer_sparsity, exact=True):
+        limit = weights[0].module._autosparse.plan.config.max_layer_sparsity
+        shift = steer(weights, target, limit, exact=True)
+        if not shift.reached:
             for offset, value in before:
                 offset.copy_(value)
-            raise RuntimeError(f"finalize: {explain_failure(weights, target)}")
+            why = explain_out_of_reach(weights, target) if shift.finite else explain_divergence(weights)
+            raise RuntimeError(f"finalize: {why}")
 
 
 def _warn_of_missed_targets(model: nn.Module, modules: list[tuple[str, Any]]) -> None:

@@ -21,6 +21,7 @@ last one finds nothing to correct that the network could not adapt to any more.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,18 @@ BINS = 4096
 TOLERANCE = 0.005  # of a reached sparsity, as a fraction: within it a target counts as reached
 SAMPLE = 2**16  # weights per layer in an ordinary shift: 0.1 points of standard error for one layer, less in total
 EXACT_SAMPLE = 2**22  # in an exact one
+
+
+class Shift(NamedTuple):
+    """How a shift went: 0-d bool tensors on the weights' device.
+
+    Attributes:
+        finite: nothing moved where it was not.
+        reached: whether the sparsity is what was asked for.
+    """
+
+    finite: Tensor
+    reached: Tensor
 
 
 @dataclass(eq=False)
@@ -54,7 +67,7 @@ def steered_groups(modules: Iterable[MaskedModule]) -> dict[tuple[float, torch.d
     for module in modules:
         for slot in module._autosparse_slots:
             weight = module._autosparse.weights[slot.name]
-            if weight.config.target_sparsity is None:
+            if weight.config.target_sparsity is None or not stored_weight(module, slot).numel():
                 continue
             _, offset = mask_state(module, slot)
             group = groups.setdefault((weight.config.target_sparsity, offset.device), {})
@@ -92,7 +105,7 @@ def steer(
     *,
     ramping: bool = False,
     exact: bool,
-) -> Tensor:
+) -> Shift:
     """Shift the offsets of ``weights`` so that the fraction ``sparsity`` of all their elements is masked.
 
     Args:
@@ -104,8 +117,7 @@ def steer(
             it would keep almost nothing of its scale, and behind a batch norm its gradients explode.
         exact: take a far larger sample.
 
-    Returns:
-        A 0-d bool tensor on the weights' device: whether the shift was finite. Where it was not, nothing moved.
+    Where that cannot be reached, as many are masked as can be.
     """
     limit = EXACT_SAMPLE if exact else SAMPLE
     samples, log_cuts, cuts, numels, sizes = [], [], [], [], []
@@ -138,7 +150,7 @@ def steer(
         enough = (torch.minimum(within_reach, ahead) * numel).sum() >= sparsity * numel.sum()
         cap = torch.where(enough, ahead, cap)
 
-    d, layer_d = _common_shift(margin, layer, size, numel, cap, zeros, sparsity)
+    d, layer_d, reached = _common_shift(margin, layer, size, numel, cap, zeros, sparsity)
     finite = finite & torch.isfinite(d)
     shifts = torch.minimum(d, layer_d)
     for i, (weight, log_cut) in enumerate(zip(weights, log_cuts, strict=True)):
@@ -146,7 +158,7 @@ def steer(
         change = torch.where(finite, logit_of_log(new_cut) - logit_of_log(log_cut), 0.0)
         for offset in weight.offsets:
             offset.data.add_(placed_like(change, offset))  # no write that autograd sees: a graph may still need it
-    return finite
+    return Shift(finite, finite & reached)
 
 
 def refuse_unreachable(weights: list[SteeredWeight], target: float, max_layer_sparsity: float) -> None:
@@ -177,7 +189,7 @@ def _most_zeros(numel: int, max_layer_sparsity: float) -> int:
     return max(0, min(math.floor(max_layer_sparsity * numel), numel - 1))
 
 
-def explain_failure(weights: list[SteeredWeight], target: float) -> str:
+def explain_divergence(weights: list[SteeredWeight]) -> str:
     """What to say where the shift of ``weights`` was not finite."""
     for weight in weights:
         values = full_tensor(stored_weight(weight.module, weight.slot).detach())
@@ -192,17 +204,25 @@ def explain_failure(weights: list[SteeredWeight], target: float) -> str:
                 f"the threshold of weight '{weight.name}' is NaN or infinite, so its sparsity cannot be steered: the "
                 "training has diverged, or the checkpoint that was loaded is damaged"
             )
+    return "the weights cannot be steered: the training has diverged"
+
+
+def explain_out_of_reach(weights: list[SteeredWeight], target: float) -> str:
+    """What to say where ``weights`` cannot have the sparsity that the shift was for."""
+    values = [full_tensor(stored_weight(weight.module, weight.slot).detach()) for weight in weights]
+    above, numel = sum(int((v.abs() > MAX_CUT).sum()) for v in values), sum(v.numel() for v in values)
     return (
-        f"target_sparsity={target} cannot be reached over {len(weights)} weights ('{weights[0].name}', ...): too many "
-        "are above 1, where no cut sigmoid(s) reaches, or in layers at max_layer_sparsity; scale the weights down, use "
-        "weight decay, leave layers dense with rules={...: None}, or lower the target"
+        f"target_sparsity={target} cannot be reached over {len(weights)} weights ('{weights[0].name}', ...): "
+        f"{above / max(1, numel):.1%} of their elements are above {MAX_CUT}, where no cut sigmoid(s) reaches, and of "
+        "each layer only max_layer_sparsity may be zero; scale the weights down, use weight decay or a lower learning "
+        "rate, leave layers dense with rules={...: None}, or lower the target"
     )
 
 
 def _common_shift(
     margin: Tensor, layer: Tensor, size: Tensor, numel: Tensor, cap: Tensor, zeros: Tensor, sparsity: float
-) -> tuple[Tensor, Tensor]:
-    """Solve for the common shift, and return it with the bound on the shift of each layer.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Solve for the common shift; return it, the bound on the shift of each layer, and whether they are enough.
 
     A histogram of the margins, then one of the bin in which the solution lies: a resolution of one in 4096 squared.
     """
@@ -223,14 +243,14 @@ def _common_shift(
             bounded = fraction[:, -1] > cap
             layer_d = torch.where(bounded, edge[within.clamp(min=0)], layer_d)
             layer_d = torch.where(zeros >= cap, 0.0, layer_d)
-            feasible = reached[-1] >= sparsity - TOLERANCE
+            is_enough = reached[-1] >= sparsity - TOLERANCE
         at = torch.searchsorted(reached, torch.full_like(reached[:1], sparsity))[0].clamp(1, BINS)
         below, above = reached[at - 1], reached[at]
         part = ((sparsity - below) / (above - below).clamp(min=1e-12)).clamp(0, 1)
         low, high = edge[at - 1], edge[at]
         d = low + part * (high - low)
     d = torch.where(usable.any(), d, 0.0)  # where there are only zeros none is to be made
-    return torch.where(feasible, d, math.inf), layer_d
+    return d, layer_d, is_enough
 
 
 def _cumulative(margin: Tensor, layer: Tensor, size: Tensor, low: Tensor, high: Tensor) -> Tensor:
