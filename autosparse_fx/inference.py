@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 
 from autosparse_fx._compat import aot_autograd, dynamo_graphs, inductor
 from autosparse_fx._compat.eager import is_traceable_wrapper_subclass
+from autosparse_fx.arguments import check_module
 from autosparse_fx.compiled_weights import Compiled, count_fused_writes, may_run_sparse, versions_of, zeros_of
 from autosparse_fx.kernels.choice import CHOICE, DENSE_SCALE
 from autosparse_fx.kernels.choice_tuning import SCALES, tuned_scale
@@ -67,6 +68,7 @@ def repack(model: nn.Module) -> int:
     Returns:
         How many compiled graphs will be compiled again.
     """
+    check_module(model, "repack")
     state = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
     return sum(frozen.forget(state) for frozen in list(_frozen))
 
@@ -88,8 +90,8 @@ def inference_graph(gm: GraphModule, state: Iterable[Tensor]) -> GraphModule | s
     if any(is_traceable_wrapper_subclass(value) for value in [*state, *dynamo_graphs.graph_inputs(gm)]):
         return "its graph computes with tensors of a subclass"
     graph = aot_autograd.inference_graph(gm)
-    if graph is None:
-        return "its graph writes to an input or a buffer"
+    if isinstance(graph, str):
+        return graph
     strided = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.as_strided.default)
     if any(node.args[0].op != "placeholder" for node in strided):
         return "its graph takes a computed tensor by its strides (as_strided), which sparse layers may change"

@@ -42,30 +42,36 @@ def cut_joint_graph(joint: GraphModule) -> tuple[GraphModule, GraphModule]:
     return min_cut_rematerialization_partition(copy_graph_module(joint), inputs, **kwargs)
 
 
-def inference_graph(gm: GraphModule) -> GraphModule | None:
+def inference_graph(gm: GraphModule) -> GraphModule | str:
     """The functional graph of ATen operators that AOTAutograd makes of a Dynamo graph under no_grad, not decomposed.
 
-    Its placeholders are those of the Dynamo graph, in order, and so are its outputs. None where that cannot be: where
-    the graph writes to an input. 2.11-2.15.
+    Its placeholders are those of the Dynamo graph, in order, and so are its outputs. Why there is none where that
+    cannot be. 2.11-2.15.
     """
     from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_compiler
     from torch._guards import TracingContext
 
     found: list[GraphModule] = []
+    halves: list[GraphModule] = []  # of a graph with a backward pass
 
-    def keep(graph: GraphModule, _: Any) -> Callable[..., Any]:
-        found.append(copy_graph_module(graph))
-        return graph.forward
+    def compiler(kept: list[GraphModule]) -> Any:
+        def keep(graph: GraphModule, _: Any) -> Callable[..., Any]:
+            kept.append(copy_graph_module(graph))
+            return graph.forward
 
-    compiler = make_boxed_compiler(keep)
+        return make_boxed_compiler(keep)
+
     inputs = graph_inputs(gm)
+    half = compiler(halves)
     with tracing_again(inputs):
         aot_module_simplified(
-            copy_dynamo_graph(gm), inputs, fw_compiler=compiler, bw_compiler=compiler, inference_compiler=compiler
+            copy_dynamo_graph(gm), inputs, fw_compiler=half, bw_compiler=half, inference_compiler=compiler(found)
         )
         metadata = TracingContext.get().fw_metadata
+    if halves:
+        return "its graph computes gradients (torch.enable_grad)"
     if len(found) != 1 or metadata is None or metadata.mutated_inp_runtime_indices or metadata.num_intermediate_bases:
-        return None
+        return "its graph writes to an input or a buffer"
     return found[0]
 
 

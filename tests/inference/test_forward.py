@@ -1,6 +1,7 @@
 """Sparse inference and what forward may take, do and return."""
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -275,6 +276,31 @@ def test_call_with_gradients_says_what_it_lacks(seen: Seen, caplog: pytest.LogCa
     with caplog.at_level("INFO", "autosparse_fx"):
         assert_same(evaluate(X), dense(model, X))
     assert seen.programs == 0 and "torch.no_grad() or torch.inference_mode() around the call" in caplog.text
+
+
+def energy(m: Any, x: Tensor, *, with_forces: bool) -> tuple[Tensor, ...]:
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        y = m.second(F.softplus(m.first(x))).sum()
+        return (y.detach(), *torch.autograd.grad(y, x)) if with_forces else (y, x)
+
+
+@pytest.mark.parametrize("with_forces", [False, True])
+def test_gradients_that_forward_asks_for_under_no_grad(
+    with_forces: bool, seen: Seen, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As models of energies and forces do."""
+    forward = functools.partial(energy, with_forces=with_forces)
+    model = prune(Function(forward, first=nn.Linear(64, 96), second=nn.Linear(96, 64))).eval()
+    x = torch.randn(21, 64)
+    with caplog.at_level("INFO", "autosparse_fx"), torch.no_grad():
+        found = compiled(model)(x)
+        expected = model(x)
+    assert_same(found, expected)
+    if not with_forces:
+        with torch.enable_grad():
+            assert_same(torch.autograd.grad(*found), torch.autograd.grad(*expected))
+    assert seen.programs == 0 and "computes gradients" in caplog.text
 
 
 # Weights that the graph computes.

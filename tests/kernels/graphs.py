@@ -62,20 +62,20 @@ class Captured:
 
     def __init__(self, model: nn.Module, *inputs: Tensor, train: bool = False) -> None:
         self.model, self.inputs = model.train(train), inputs
-        self.graphs: list[GraphModule | None] = []
+        self.graphs: list[GraphModule | str] = []
         with torch.no_grad():
             torch.compile(model, backend=self._capture, fullgraph=True)(*inputs)
 
     def _capture(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         lifted, state = with_state_as_inputs(gm)
         graph = inference_graph(lifted)
-        self.graphs.append(graph and with_constants(graph, state))
+        self.graphs.append(graph if isinstance(graph, str) else with_constants(graph, state))
         return gm.forward
 
     @property
     def gm(self) -> GraphModule:
         (graph,) = self.graphs
-        assert graph is not None
+        assert isinstance(graph, GraphModule)
         return graph
 
     def apply(self, *passes: Callable[[GraphModule], int]) -> int:
