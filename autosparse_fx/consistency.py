@@ -1,7 +1,12 @@
 """Whether the masks of a model still belong to its weights: what was tied, untied or replaced since ``sparsify``."""
 
-from torch import nn
+import itertools
 
+import torch
+from torch import Tensor, nn
+
+from autosparse_fx._compat import eager
+from autosparse_fx.hidden.masks import hidden_mask
 from autosparse_fx.masked import MaskedModule
 from autosparse_fx.masked_state import mask_state
 from autosparse_fx.ownership import was_masked
@@ -15,6 +20,8 @@ _CURE = (
 
 def refuse_broken_ties(model: nn.Module) -> None:
     """Raise where a masked tensor is read dense or under another mask somewhere, or shares its mask with another.
+
+    Or in memory that another parameter has as well.
 
     Raises:
         ValueError: naming the weight, where else it is held, and the cure.
@@ -44,6 +51,43 @@ def refuse_broken_ties(model: nn.Module) -> None:
                     f"weights '{other}' and {_describe(candidate)} share the state of a mask, but are no longer tied: "
                     f"tie them again, or {_CURE}"
                 )
+    _refuse_shared_memory(model)
+
+
+def _refuse_shared_memory(model: nn.Module) -> None:
+    by_storage: dict[int, list[Candidate]] = {}
+    for candidate in collect(model):
+        parameter = candidate.parameter
+        if parameter.numel() and not parameter.is_meta and not eager.is_traceable_wrapper_subclass(parameter):
+            by_storage.setdefault(parameter.untyped_storage().data_ptr(), []).append(candidate)
+    for sharing in by_storage.values():
+        masked = {id(c) for c in sharing if is_masked(c) or hidden_mask(c.parameter) is not None}
+        for one, other in itertools.combinations(sharing if masked else (), 2):
+            if not masked.isdisjoint((id(one), id(other))) and _overlap(one.parameter, other.parameter):
+                raise ValueError(
+                    f"weights {_describe(one)} and {_describe(other)} are two parameters in the same memory, where a "
+                    "mask of one would be the other's as well: make them one parameter that both places hold (of which "
+                    "one may use the transpose in its forward), or give each memory of its own, as "
+                    "nn.Parameter(weight.detach().clone()) has it"
+                )
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors on one storage have an element in common."""
+    if one.dtype != other.dtype:
+        return True
+    ranges = [(t.storage_offset(), t.storage_offset() + _extent(t)) for t in (one, other)]
+    start, stop = max(first for first, _ in ranges), min(last for _, last in ranges)
+    if start >= stop or one.numel() + other.numel() == ranges[0][1] - ranges[0][0] + ranges[1][1] - ranges[1][0]:
+        return start < stop
+    used = torch.zeros(max(last for _, last in ranges), dtype=torch.bool)
+    used.as_strided(one.shape, one.stride(), one.storage_offset()).fill_(True)
+    return bool(used.as_strided(other.shape, other.stride(), other.storage_offset()).any())
+
+
+def _extent(tensor: Tensor) -> int:
+    """How many elements of its storage lie between the first and the last of a tensor, both included."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def is_masked(candidate: Candidate) -> bool:

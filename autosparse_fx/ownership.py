@@ -33,7 +33,7 @@ def remember_finalized(parameters: Iterable[Tensor], masked: Collection[int]) ->
     """Note that these parameters, of which those with the ids ``masked`` were, are of a model that was sparse: to tune
     it further is no mistake."""
     for parameter in parameters:
-        _finalized[parameter] = id(parameter) in masked
+        _finalized[parameter] = id(parameter) in masked or was_masked(parameter)
 
 
 def was_masked(parameter: Tensor) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from autosparse_fx._compat import eager
 from autosparse_fx.arguments import check_module
-from autosparse_fx.attach import attach, detach, masked_modules, remask
+from autosparse_fx.attach import attach, detach, detach_weight, masked_modules, remask
 from autosparse_fx.config import AutoSparse
 from autosparse_fx.consistency import is_masked, refuse_broken_ties
 from autosparse_fx.dtensors import placed_like
@@ -179,19 +179,21 @@ def finalize(model: ModuleT, *, reach_target: bool = False) -> ModuleT:
     if reach_target:
         _steer_to_targets(modules)
     _warn_of_missed_targets(model, modules)
-    done: set[int] = set()
-    with torch.no_grad():
-        for _, module in modules:
-            for slot in module._autosparse_slots:
-                parameter = stored_weight(module, slot)
-                if id(parameter) not in done:
-                    done.add(id(parameter))
-                    parameter.copy_(placed_like(masked_value(module, slot), parameter))
+    held: dict[nn.Parameter, list[tuple[MaskedModule, Slot]]] = {}
     for _, module in modules:
-        detach(module)
-    for _, parameter, _ in list(hidden_masks(model)):
+        for slot in module._autosparse_slots:
+            held.setdefault(stored_weight(module, slot), []).append((module, slot))
+    # Weight by weight, so that an interrupted call leaves none that is written and still masked.
+    for parameter, places in held.items():
+        with torch.no_grad():
+            parameter.copy_(placed_like(masked_value(*places[0]), parameter))
+        for module, slot in places:
+            detach_weight(module, slot.name)
         release(parameter)
-    remember_finalized(model.parameters(), done)
+        remember_finalized([parameter], {id(parameter)})
+    for _, module in masked_modules(model):  # those that read the weights of others
+        detach(module)
+    remember_finalized(model.parameters(), ())
     return model
 
 

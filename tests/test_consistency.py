@@ -132,3 +132,50 @@ def test_lazy_layers_are_named() -> None:
     for use in (autosparse_fx.report, lambda m: sparsify(m, example_inputs=torch.randn(2, 3)), sparsify):
         with pytest.raises(ValueError, match=r"'0\.weight' belongs to a lazy module.*run one forward"):
             use(lazy)
+
+
+def shared_memory(kind: str) -> nn.Module:
+    """Two layers whose parameters are two tensors in the same memory, or only next to each other."""
+    model = nn.Sequential(nn.Linear(6, 4, bias=False), nn.ReLU(), nn.Linear(4, 6, bias=False))
+    flat = torch.randn(8, 6)
+    if kind == "transposed":
+        model[2].weight = nn.Parameter(model[0].weight.detach().t())
+    elif kind == "same":
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        model[1].weight.data = model[0].weight.data
+    elif kind == "rows":
+        model[0].weight, model[2].weight = nn.Parameter(flat[:4]), nn.Parameter(flat[4:].t())
+    else:
+        model = nn.Sequential(nn.Linear(3, 8), nn.Linear(3, 8))
+        model[0].weight, model[1].weight = nn.Parameter(flat[:, ::2]), nn.Parameter(flat[:, 1::2])
+    return model
+
+
+@pytest.mark.parametrize("use", [report, finalize, lambda model: GradientAnnealing(model, 10)])
+@pytest.mark.parametrize("kind", ["transposed", "same"])
+def test_parameters_in_the_same_memory_are_refused(kind: str, use: Callable[[nn.Module], object]) -> None:
+    model = sparsify(shared_memory(kind), AutoSparse(threshold_init=-2.5))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        ValueError, match=r"'0\.weight' .* and '[12]\.weight' .* two parameters in the same memory.*clone"
+    ):
+        use(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns"])
+def test_parameters_next_to_each_other_in_memory_are_in_order(kind: str) -> None:
+    model = sparsify(shared_memory(kind), AutoSparse(target_sparsity=None, threshold_init=-0.5))
+    x = torch.randn(3, model[0].in_features)
+    expected = [layer(torch.eye(layer.in_features)) for layer in (model[0], model[-1])]
+    assert report(model).sparsity > 0.1
+    finalize(model)
+    assert all(torch.equal(layer(torch.eye(layer.in_features)), y) for layer, y in zip((model[0], model[-1]), expected))
+    assert model[0](x).isfinite().all()
+
+
+def test_parameters_in_the_same_memory_that_are_not_masked_are_nobodys_business() -> None:
+    model = shared_memory("transposed")
+    model.append(nn.Linear(6, 4))
+    sparsify(model, AutoSparse(rules={"0.weight": None, "2.weight": None}))
+    assert report(model).layers[0].name == "3.weight"

@@ -1,6 +1,7 @@
 """``finalize`` gives back the plain model: its classes, its keys, its parameters, and the sparse model's output."""
 
 import copy
+import importlib
 import io
 import pickle
 import warnings
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from autosparse_fx import AutoSparse, GradientAnnealing, finalize, report, sparsify, sparsity
+
+finalize_module = importlib.import_module("autosparse_fx.sparsify")  # the package has a function of that name
 
 # Of torch itself, about a dense LSTM of this kind as well.
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -311,3 +314,26 @@ def test_warning_points_at_the_caller() -> None:
         warnings.simplefilter("always")
         finalize(model)
     assert [w.filename for w in caught] == [__file__]
+
+
+def test_an_interrupted_call_can_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each weight is either masked as before, or written and plain."""
+    model = sparsify(nn.Sequential(*(nn.Linear(6, 6) for _ in range(4))), OPEN_LOOP)
+    x = torch.randn(3, 6)
+    expected, calls = model(x), iter([True, True, False])
+    read = finalize_module.masked_value
+
+    def interrupted(*args: Any) -> Tensor:
+        if not next(calls):
+            raise KeyboardInterrupt
+        return read(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finalize_module, "masked_value", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            finalize(model)
+    assert [type(layer) is nn.Linear for layer in model] == [True, True, False, False]
+    assert torch.equal(model(x), expected)
+    finalize(model)
+    assert all(type(layer) is nn.Linear for layer in model)
+    assert torch.equal(model(x), expected)
