@@ -1,11 +1,13 @@
 """Saving and loading what a half-trained one-line model holds besides its own weights."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from autosparse_fx.arguments import check_module
 from autosparse_fx.attach import masked_modules
 from autosparse_fx.config import AutoSparse
 from autosparse_fx.hidden import masks
@@ -14,6 +16,12 @@ from autosparse_fx.hidden.registration import adopt
 from autosparse_fx.plan import MaskedWeight, Plan
 
 __all__ = ["load_state_dict", "state_dict"]
+
+# What every entry holds, of whatever version of this package.
+_KEYS = (
+    *("name", "axis", "threshold", "offset", "steps"),
+    *("optimizer", "optimizer_state", "config", "rule", "total_steps"),
+)
 
 
 def state_dict(model: nn.Module) -> dict[str, Any]:
@@ -28,8 +36,10 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
         reads it.
 
     Raises:
+        TypeError: if ``model`` is no module.
         ValueError: if no compiled graph masks any weight of the model.
     """
+    check_module(model, "state_dict")
     columns: dict[Plan, dict[str, torch.Tensor]] = {}
     for _, _, mask in masks.hidden_masks(model):
         if mask.plan not in columns:
@@ -66,16 +76,17 @@ def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
     Load ``model.state_dict()`` and ``optimizer.state_dict()`` as usual, compile with the same options, and train on.
 
     Raises:
-        ValueError: if the model has no such weight, a threshold has another shape, the state is empty, or ``sparsify``
-            prepared the model. Nothing is then changed.
+        TypeError: if ``model`` is no module, or ``state`` no dict.
+        ValueError: if the model has no such weight, a threshold has another shape, the state is empty or another one
+            (``model.state_dict()``), or ``sparsify`` prepared the model. Nothing is then changed.
     """
+    check_module(model, "load_state_dict")
     if masked_modules(model):
         raise ValueError(
             f"{type(model).__name__} was prepared with sparsify and keeps its thresholds in its own state_dict(): use "
             "model.load_state_dict"
         )
-    if not state:
-        raise ValueError("the state is empty: save what autosparse_fx.state_dict(model) returns")
+    _refuse_other_states(state)
     parameters = {_plain(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
     plans: list[tuple[Request, Plan]] = []
     histories: dict[Plan, dict[str, tuple[int, torch.Tensor]]] = {}
@@ -112,6 +123,27 @@ def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
     adopt([parameter for parameter, _ in made], plans)
     for parameter, mask in made:
         masks.insert(parameter, mask)
+
+
+def _refuse_other_states(state: object) -> None:
+    if not isinstance(state, Mapping):
+        raise TypeError(
+            f"load_state_dict takes what autosparse_fx.state_dict(model) returned, got {type(state).__name__}"
+        )
+    if not state:
+        raise ValueError("the state is empty: save what autosparse_fx.state_dict(model) returns")
+    for name, entry in state.items():
+        if isinstance(entry, torch.Tensor):
+            raise ValueError(
+                f"entry {name!r} is a tensor: this is model.state_dict(): load that with model.load_state_dict, and "
+                "here what autosparse_fx.state_dict(model) returned"
+            )
+        lost = [key for key in _KEYS if key not in entry] if isinstance(entry, Mapping) else list(_KEYS)
+        if lost:
+            raise ValueError(
+                f"entry {name!r} lacks {', '.join(map(repr, lost[:3]))}: load what autosparse_fx.state_dict(model) "
+                "returned, not a whole checkpoint or the state of an optimizer"
+            )
 
 
 def _request(entry: dict[str, Any]) -> Request:
