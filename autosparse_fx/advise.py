@@ -1,6 +1,7 @@
 """What sparsity would pay on this machine, layer by layer, before anything is trained."""
 
-from collections.abc import Callable, Mapping, Sequence
+import numbers
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autosparse_fx._compat import cpu, eager
+from autosparse_fx.arguments import check_module
 from autosparse_fx.kernels.layers import Layer, layers
 from autosparse_fx.kernels.library import library
 from autosparse_fx.kernels.program import Buffer, Step, Window, assemble
@@ -109,11 +111,11 @@ def advise(
         sparsities: fractions of zeros in [0, 1).
 
     Raises:
+        TypeError: if ``model`` is no module, or a sparsity no number.
         ValueError: if a sparsity is out of range, or the model cannot be run on the inputs.
     """
-    for sparsity in sparsities:
-        if not 0 <= sparsity < 1:
-            raise ValueError(f"sparsities must be in [0, 1), got {sparsity!r}")
+    check_module(model, "advise")
+    sparsities = _checked(sparsities)
     model = eager.without_wrapper(model)
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -132,7 +134,19 @@ def advise(
         if geometry not in timed:
             timed[geometry] = _time_dense(layer), {s: _time_sparse(layer, s) for s in sparsities}
         rows.append(LayerAdvice(layer.name, layer.shape, *timed[geometry]))
-    return Advice(tuple(rows), tuple(sparsities), torch.get_num_threads())
+    return Advice(tuple(rows), sparsities, torch.get_num_threads())
+
+
+def _checked(sparsities: object) -> tuple[float, ...]:
+    if not isinstance(sparsities, Iterable) or isinstance(sparsities, (str, Tensor)):
+        raise TypeError(f"sparsities must be a sequence of fractions, as (0.8, 0.9), got {sparsities!r}")
+    found = tuple(sparsities)
+    for sparsity in found:
+        if isinstance(sparsity, bool) or not isinstance(sparsity, numbers.Real):
+            raise TypeError(f"sparsities must be fractions in [0, 1), got {sparsity!r}")
+        if not 0 <= float(sparsity) < 1:
+            raise ValueError(f"sparsities must be in [0, 1), got {sparsity!r}")
+    return tuple(map(float, found))
 
 
 def _time_dense(layer: Layer) -> float:

@@ -3,12 +3,14 @@
 import operator
 import warnings
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from autosparse_fx.arguments import check_module
 from autosparse_fx.attach import masked_modules
 from autosparse_fx.consistency import refuse_broken_ties
 from autosparse_fx.controller import Controller
@@ -64,7 +66,7 @@ class GradientAnnealing:
         ValueError: if the model is not sparse, ``total_steps`` is not positive, a target is out of reach, weights were
             tied or untied outside of ``dense_weights``, or momentum is to be cleared without an optimizer or in sharded
             weights.
-        TypeError: if ``optimizer`` is not an optimizer, or a wrapper that hides the hooks of the one in it.
+        TypeError: if ``model`` is no module, or ``optimizer`` no optimizer, or a wrapper that hides the hooks of one.
 
     Warns:
         UserWarning: if a layer joined the model after ``sparsify``, and so is dense; if alpha is 0 throughout and a
@@ -81,6 +83,7 @@ class GradientAnnealing:
         *,
         clear_momentum: bool = False,
     ) -> None:
+        check_module(model, "GradientAnnealing")
         modules = masked_modules(model)
         if not any(module._autosparse_slots for _, module in modules):
             raise ValueError(f"{type(model).__name__} is not sparse: call autosparse_fx.sparsify(model) first")
@@ -244,9 +247,12 @@ class GradientAnnealing:
         """Resume where :meth:`state_dict` was taken, alpha included.
 
         Raises:
+            TypeError: if it is no dict.
             ValueError: if a key is missing or wrong, or the training that was saved has another ``total_steps``. The
                 annealer is then as it was.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"load_state_dict takes what annealer.state_dict() returned, got {type(state).__name__}")
         missing = {"steps", "total_steps"} - set(state)
         if missing:
             raise ValueError(f"the annealer's state lacks {', '.join(sorted(missing))}: save annealer.state_dict()")

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autosparse_fx.arguments import check_module
 from autosparse_fx.attach import attach, detach_weight, masked_modules
 from autosparse_fx.dtensors import full_tensor
 from autosparse_fx.initial import new_mask, threshold_shape
@@ -39,6 +40,7 @@ def dense_weights(model: ModuleT) -> Iterator[ModuleT]:
 
     A model that is not sparse passes through unchanged.
     """
+    check_module(model, "dense_weights")
     modules = masked_modules(model)
     plans = {id(m._autosparse.plan): m._autosparse.plan for _, m in modules}
     before = {

@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 
 from autosparse_fx._compat import aot_autograd, dynamo_graphs, inductor
 from autosparse_fx._compat.eager import is_traceable_wrapper_subclass
+from autosparse_fx.arguments import check_module
 from autosparse_fx.compiled_weights import Compiled, count_fused_writes, may_run_sparse, versions_of, zeros_of
 from autosparse_fx.kernels.choice import CHOICE, DENSE_SCALE
 from autosparse_fx.kernels.choice_tuning import SCALES, tuned_scale
@@ -67,6 +68,7 @@ def repack(model: nn.Module) -> int:
     Returns:
         How many compiled graphs will be compiled again.
     """
+    check_module(model, "repack")
     state = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
     return sum(frozen.forget(state) for frozen in list(_frozen))
 

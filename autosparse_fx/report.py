@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from autosparse_fx._compat import eager
+from autosparse_fx.arguments import check_module
 from autosparse_fx.attach import masked_modules
 from autosparse_fx.consistency import refuse_broken_ties
 from autosparse_fx.dtensors import full_tensor
@@ -59,6 +60,7 @@ def report(
     """
     if unit not in UNITS:
         raise ValueError(f"unit must be one of {', '.join(map(repr, UNITS))}, got {unit!r}")
+    check_module(model, "report")
     model = eager.without_wrapper(model)
     found = _count_zeros(model)
     if history is not None:
@@ -199,6 +201,7 @@ def sparsity(model: nn.Module) -> float:
 
     On a model that is not prepared: over the weights that ``report`` lists.
     """
+    check_module(model, "sparsity")
     return report(model).sparsity
 
 
@@ -208,6 +211,7 @@ def thresholds(model: nn.Module) -> dict[str, Tensor]:
 
     Each is a detached float32 tensor of shape ``[1]``, or ``[C]`` for per-channel thresholds.
     """
+    check_module(model, "thresholds")
     model = eager.without_wrapper(model)
     found: dict[str, Tensor] = {}
     by_weight = _masked_by_weight(model)

@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -92,6 +94,20 @@ def test_a_compiled_model_is_advised_under_its_own_names_and_left_as_it_was() ->
 def test_sparsities_out_of_range_are_refused(sparsity: float) -> None:
     with pytest.raises(ValueError, match=r"sparsities must be in \[0, 1\)"):
         advise(Net(), torch.randn(2, 3, 8, 8), sparsities=(sparsity,))
+
+
+@pytest.mark.parametrize("sparsities", [0.9, None, "0.9", ["0.9"], [True], torch.tensor(0.9)])
+def test_sparsities_that_are_no_numbers_are_refused(sparsities: Any) -> None:
+    with pytest.raises(TypeError, match=r"sparsities must be (a sequence of )?fractions.*got"):
+        advise(Net(), torch.randn(2, 3, 8, 8), sparsities=sparsities)
+
+
+def test_sparsities_may_be_numbers_of_any_kind() -> None:
+    advice = advise(nn.Linear(8, 8), torch.ones(2, 8), np.array([0.5, 0.9], np.float32))
+    assert (
+        advice.sparsities == pytest.approx((0.5, 0.9)) and len(json.loads(json.dumps(advice.to_dict()))["speedup"]) == 2
+    )
+    assert list(advise(nn.Linear(8, 8), torch.ones(2, 8), (0,)).layers[0].sparse_ms) == [0.0]
 
 
 def test_inputs_that_do_not_fit_are_refused_by_name() -> None:

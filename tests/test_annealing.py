@@ -193,6 +193,13 @@ def test_a_state_that_lacks_a_key_is_refused_by_name(lost: str) -> None:
         annealer.load_state_dict(state)
 
 
+@pytest.mark.parametrize("state", [None, [1], "steps"])
+def test_what_is_no_state_is_refused(state: Any) -> None:
+    annealer = GradientAnnealing(sparse_mlp(), 10)
+    with pytest.raises(TypeError, match=rf"what annealer\.state_dict\(\) returned, got {type(state).__name__}"):
+        annealer.load_state_dict(state)
+
+
 def test_alpha_is_in_no_state_dict_of_the_model() -> None:
     dense_keys = set(reference.mlp().state_dict())
     model = sparse_mlp()

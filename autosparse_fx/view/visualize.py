@@ -8,6 +8,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from autosparse_fx.arguments import check_module
 from autosparse_fx.files import checked_path, written
 
 if TYPE_CHECKING:  # imported when they are needed: networkx alone takes as long as a tenth of torch
@@ -73,8 +74,7 @@ def visualize(
 
 def _check(model: nn.Module, path: Path, graph: str, version: str, depth: int | None) -> None:
     """Refuse what cannot be drawn before anything is computed."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"visualize draws an nn.Module, got {type(model).__name__}")
+    check_module(model, "visualize")
     for name, value, known in (("graph", graph, GRAPHS), ("version", version, VERSIONS)):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")

@@ -206,7 +206,7 @@ def test_a_compiled_model_is_drawn_as_the_model(model: nn.Module, tmp_path: Path
         ({"graph": "sideways"}, ValueError, "graph must be one of 'forward', 'joint', 'backward', got 'sideways'"),
         ({"version": "later"}, ValueError, "version must be one of 'before', 'after', got 'later'"),
         ({"depth": -1}, ValueError, "depth must be a number of levels"),
-        ({"model": lambda x: x}, TypeError, "draws an nn.Module, got function"),
+        ({"model": lambda x: x}, TypeError, r"visualize takes a torch\.nn\.Module, got function"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_before_the_model_runs(
