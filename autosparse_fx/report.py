@@ -153,7 +153,16 @@ def _count_zeros(model: nn.Module) -> SparsityReport:
         )
         stored_bytes += layers[-1].stored_bytes - size
     history = next((plan.history for plan, _, _ in plans if len(plan.history)), History())
-    return SparsityReport(tuple(layers), parameters, skipped, tuple(embeddings), dense_bytes, stored_bytes, history)
+    return SparsityReport(
+        tuple(layers),
+        parameters,
+        skipped,
+        tuple(embeddings),
+        dense_bytes,
+        stored_bytes,
+        history,
+        in_training_mode=model.training,
+    )
 
 
 def _stored_bytes(weight: Tensor, zeros: int) -> int:

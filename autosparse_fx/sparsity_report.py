@@ -15,9 +15,13 @@ if TYPE_CHECKING:
     from autosparse_fx.flops.training import TrainingFlops
 
 UNITS = {"flops": ("FLOPs", 2), "macs": ("MACs", 1)}
+SPEED_PREPARED = (
+    "speed: while a model is prepared its zeros are multiplied like all other weights; the report of model = "
+    "autosparse_fx.finalize(model).eval() says which layers then run on sparse kernels"
+)
 SPEED_IN_TRAINING = (
-    "speed: while a model is prepared or in training mode its zeros are multiplied like all other weights; the report "
-    "of model = autosparse_fx.finalize(model).eval() says which layers then run on sparse kernels"
+    "speed: in training mode zeros are multiplied like all other weights; the report of model.eval() says which layers "
+    "run on sparse kernels"
 )
 SPEED = 'speed: compiled with backend="autosparse" under torch.no_grad() on this CPU'
 
@@ -75,6 +79,7 @@ class SparsityReport:
     training: "TrainingFlops | None" = None
     other_costs: dict[str, Cost] = field(default_factory=dict)  # of what is in no layer of ``layers``
     unit: str = "flops"
+    in_training_mode: bool = False  # as the model was when the report was made
 
     @property
     def numel(self) -> int:
@@ -198,7 +203,8 @@ class SparsityReport:
         share = self.zeros / self.parameters if self.parameters else 0.0
         listed = sum([layer.cost for layer in self.layers if layer.cost is not None], Cost(0, 0))
         numbers = [f"{self.numel:,}", f"{self.zeros:,}", f"{self.sparsity:.4f}"]
-        totals = [["all masked weights", "", *numbers, "", *costs(listed)]]
+        which = "masked" if self._is_prepared else "these"
+        totals = [[f"all {which} weights", "", *numbers, "", *costs(listed)]]
         totals += [[name, "", "", "", "", "", *costs(part)] for name, part in self.other_costs.items()]
         numbers = [f"{self.parameters:,}", f"{self.zeros:,}", f"{share:.4f}"]
         totals.append(["all parameters" if cost is None else "all", "", *numbers, "", *costs(cost)])
@@ -243,10 +249,16 @@ class SparsityReport:
 
     def _kernel_notes(self) -> list[str]:
         known = [layer for layer in self.layers if layer.kernel is not None]
-        if not known:
-            return [SPEED_IN_TRAINING]
-        sparse = sum(layer.kernel == "sparse" for layer in known)
-        return [f"{SPEED}, {sparse} of {len(known)} weights run on sparse kernels"]
+        if known:
+            sparse = sum(layer.kernel == "sparse" for layer in known)
+            return [f"{SPEED}, {sparse} of {len(known)} weights run on sparse kernels"]
+        if self._is_prepared:
+            return [SPEED_PREPARED]
+        return [SPEED_IN_TRAINING] if self.in_training_mode else []
+
+    @property
+    def _is_prepared(self) -> bool:
+        return any(layer.threshold is not None for layer in self.layers)
 
 
 def _some(names: list[str]) -> str:

@@ -187,7 +187,7 @@ def test_a_model_without_weights_has_no_sparsity_and_still_prints() -> None:
     result = report(nn.ReLU())
     assert (result.layers, result.parameters, result.sparsity) == ((), 0, 0.0)
     assert sparsity(nn.ReLU()) == 0.0
-    assert "all masked weights" in str(result)
+    assert "all these weights" in str(result)
 
 
 def test_an_empty_weight_divides_by_nothing() -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -145,11 +146,33 @@ def speed_line(model: nn.Module) -> str:
     return line
 
 
-def test_speed_is_claimed_for_inference_only() -> None:
-    line = speed_line(mlp())
-    assert "in training mode its zeros are multiplied" in line and not re.search(r"\d", line)
-    assert speed_line(sparsify(mlp().eval())) == line
-    assert "0 of 3 weights run on sparse kernels" in speed_line(mlp().eval())
+OPEN = AutoSparse(target_sparsity=None)
+
+
+@pytest.mark.parametrize(
+    ("make", "words", "follow"),
+    [
+        (mlp, "in training mode zeros are multiplied", nn.Module.eval),
+        (lambda: finalize(sparsify(mlp(), OPEN)), "the report of model.eval() says", nn.Module.eval),
+        (lambda: sparsify(mlp(), OPEN), "a model is prepared its zeros", lambda model: finalize(model).eval()),
+        (lambda: sparsify(mlp().eval(), OPEN), "finalize(model).eval() says", lambda model: finalize(model).eval()),
+    ],
+    ids=["dense", "finalized", "prepared", "prepared, eval"],
+)
+def test_speed_is_claimed_for_inference_only_and_else_how_to_ask(
+    make: Callable[[], nn.Module], words: str, follow: Callable[[nn.Module], nn.Module]
+) -> None:
+    model = make()
+    line = speed_line(model)
+    assert words in line and not re.search(r"\d", line)
+    assert "0 of 3 weights run on sparse kernels" in speed_line(follow(model))
+
+
+def test_the_total_is_of_masked_weights_where_there_are_masks() -> None:
+    model = mlp()
+    assert "all these weights" in str(report(model)) and "all masked weights" not in str(report(model))
+    sparsify(model, OPEN)
+    assert "all masked weights" in str(report(model)) and "all these weights" not in str(report(model))
 
 
 def test_each_weight_says_which_kernel_it_runs_on_and_why() -> None:
@@ -183,6 +206,7 @@ def test_without_a_compiler_only_the_kernels_are_not_known(monkeypatch: pytest.M
     assert [warning.filename for warning in seen] == [__file__]
     assert [layer.kernel for layer in found.layers] == [None, None]
     assert found.cost is not None and found.cost.dense == 2 * 64 * 512 * (256 + 512)
+    assert "speed:" not in str(found)
 
 
 @pytest.mark.parametrize(
