@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from autosparse_fx._compat import aot_autograd, dynamo_graphs, inductor
+from autosparse_fx._compat import aot_autograd, dynamo, dynamo_graphs, inductor
 from autosparse_fx._compat.eager import is_traceable_wrapper_subclass
 from autosparse_fx.arguments import check_module
 from autosparse_fx.compiled_weights import Compiled, count_fused_writes, may_run_sparse, versions_of, zeros_of
@@ -248,7 +248,7 @@ class FrozenGraph:
             if not last.is_frozen and not last.has_fewer_zeros(zeros):
                 self._keep_dense(tensors, versions, last.zeros, rewrites=rewrites)
                 return
-        with torch.no_grad(), aot_autograd.tracing_again(self._example_inputs):
+        with dynamo.compile_lock(), torch.no_grad(), aot_autograd.tracing_again(self._example_inputs):
             if rewrites > MOST_REWRITES:
                 log.warning("weights were written to %d times between calls: dense kernels from now on", MOST_REWRITES)
                 zeros = {}

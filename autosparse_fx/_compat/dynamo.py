@@ -3,7 +3,7 @@
 import inspect
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import FunctionType
 from typing import Any
 
@@ -79,6 +79,15 @@ def capturing_everything() -> Any:
         capture_dynamic_output_shape_ops=False,
         capture_scalar_outputs=False,
     )
+
+
+def compile_lock() -> AbstractContextManager[Any]:
+    """What Dynamo holds while it compiles, because tracing and the options of Inductor are those of the whole process,
+    and not of a thread. 2.11-2.15.
+    """
+    from torch._dynamo import convert_frame
+
+    return convert_frame.compile_lock
 
 
 def skip_frame(function: Callable[..., Any]) -> None:

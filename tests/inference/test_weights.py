@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as pruning
 
 from autosparse_fx import inference
+from autosparse_fx._compat import dynamo
 from autosparse_fx.compiled_weights import Compiled
 
 X = torch.randn(2, 16, 12, 14, generator=torch.Generator().manual_seed(0))
@@ -388,3 +389,35 @@ def test_mlp_keeps_nothing_of_its_input() -> None:
     for _ in range(3):
         check(fast, model, x)
         x.normal_()
+def test_weights_are_compiled_anew_while_no_other_thread_compiles(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo's lock is held as long, and no longer: tracing and Inductor's options are those of the process."""
+    lock: Any = dynamo.compile_lock()
+    compile_fx = torch._inductor.compile_fx.compile_fx
+    free: list[bool] = []
+
+    def try_lock() -> bool:
+        found = lock.acquire(blocking=False)
+        if found:
+            lock.release()
+        return found
+
+    def is_free() -> bool:
+        """For other threads."""
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(try_lock).result()
+
+    def compile_and_look(*args: Any, **kwargs: Any) -> Any:
+        free.append(is_free())
+        return compile_fx(*args, **kwargs)
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_and_look)
+    model = made()
+    fast = compiled(model)
+    for _ in range(2):
+        check(fast, model, X)
+        assert is_free()
+        with torch.no_grad():
+            model.first.weight.mul_(2.0)
+    assert free == [False, False]
+
+
