@@ -37,6 +37,7 @@ _BLANK = "0" * 64
 # Compact JSON, as safetensors writes it. Inside a string the quotes would be escaped.
 _SEAL_PATTERN = re.compile(b'"' + re.escape(_SEAL.encode()) + b'":"([0-9a-f]{64})"')
 _LARGEST_HEADER = 100_000_000  # that of safetensors
+_TORCH_SAVE = (b"PK\x03\x04", b"\x80")  # how its files begin: a zip archive, or a pickle
 
 
 class SparseFileError(ValueError):
@@ -210,15 +211,14 @@ def _checked_seal(path: Path) -> str:
         available = os.fstat(file.fileno()).st_size - 8
         length = file.read(8)
         size = int.from_bytes(length, "little")
+        if size > _LARGEST_HEADER and length.startswith(_TORCH_SAVE):
+            raise _other_kind(path)
         if size > min(available, _LARGEST_HEADER):
             raise _damaged(path, "truncated, or no safetensors file")
         header = file.read(size)
     found = list(_SEAL_PATTERN.finditer(header))
     if len(found) != 1:
-        raise SparseFileError(
-            f"{str(path)!r} is no file of save_sparse, or damaged: read a file of torch.save with torch.load(..., "
-            "weights_only=True), and another safetensors file with safetensors.torch.load_file"
-        )
+        raise _other_kind(path)
     start, end = found[0].span(1)
     if hashlib.sha256(length + header[:start] + _BLANK.encode() + header[end:]).hexdigest().encode() != found[0][1]:
         raise _damaged(path, "its header does not fit its checksum")
@@ -301,6 +301,13 @@ def _checked_shape(entry: Mapping[str, object]) -> list[int]:
 
 def _is_metadata(modules: Mapping[Any, Any]) -> bool:
     return all(isinstance(module, str) and isinstance(kept, dict) for module, kept in modules.items())
+
+
+def _other_kind(path: Path) -> SparseFileError:
+    return SparseFileError(
+        f"{str(path)!r} is no file of save_sparse, or damaged: read a file of torch.save with torch.load(..., "
+        "weights_only=True), and another safetensors file with safetensors.torch.load_file"
+    )
 
 
 def _damaged(path: Path, what: str) -> SparseFileError:

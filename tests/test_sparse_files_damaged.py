@@ -259,6 +259,11 @@ def test_a_header_that_claims_to_be_huge(path: Path) -> None:
         refuse(path, struct.pack("<Q", size) + path.read_bytes()[8:], "truncated, or no safetensors file")
 
 
+@pytest.mark.parametrize("lead", [b"\x80", b"PK\x03\x04"])
+def test_a_truncated_file_whose_header_is_as_long_as_a_pickle_begins_is_damaged(lead: bytes, tmp_path: Path) -> None:
+    refuse(tmp_path / "a", lead.ljust(8, b"\0") + b'{"', "is damaged .truncated, or no safetensors file")
+
+
 def test_an_index_that_is_nested_deeply(path: Path) -> None:
     _, header, tensors = opened(path.read_bytes())
     deep: Any = "[" * 100_000
@@ -271,8 +276,9 @@ def test_an_index_that_is_nested_deeply(path: Path) -> None:
 
 
 def test_other_kinds_of_files(tmp_path: Path) -> None:
-    torch.save({"w": torch.ones(3)}, tmp_path / "a")
-    refuse(tmp_path / "a", (tmp_path / "a").read_bytes(), "truncated, or no safetensors file")
+    for zipped in (True, False):
+        torch.save({"w": torch.ones(3)}, tmp_path / "a", _use_new_zipfile_serialization=zipped)
+        refuse(tmp_path / "a", (tmp_path / "a").read_bytes(), r"no file of save_sparse.*torch\.load\(.*weights_only")
     safetensors.torch.save_file({"w": torch.ones(3)}, tmp_path / "a", {"format": "pt"})
     refuse(tmp_path / "a", (tmp_path / "a").read_bytes(), r"no file of save_sparse.*safetensors\.torch\.load_file")
     with pytest.raises(FileNotFoundError):
