@@ -381,14 +381,6 @@ def test_threads_that_meet_a_write_compile_once_and_stay_sparse(seen: Seen, monk
     assert seen.programs == programs + 1
 
 
-def test_mlp_keeps_nothing_of_its_input() -> None:
-    """The same compiled model, with inputs that are overwritten between calls."""
-    model = prune(Mlp())
-    fast = compiled(model)
-    x = inputs_of("mlp")
-    for _ in range(3):
-        check(fast, model, x)
-        x.normal_()
 def test_weights_are_compiled_anew_while_no_other_thread_compiles(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
     """Dynamo's lock is held as long, and no longer: tracing and Inductor's options are those of the process."""
     lock: Any = dynamo.compile_lock()
@@ -421,3 +413,11 @@ def test_weights_are_compiled_anew_while_no_other_thread_compiles(seen: Seen, mo
     assert free == [False, False]
 
 
+def test_mlp_keeps_nothing_of_its_input() -> None:
+    """The same compiled model, with inputs that are overwritten between calls."""
+    model = prune(Mlp())
+    fast = compiled(model)
+    x = inputs_of("mlp")
+    for _ in range(3):
+        check(fast, model, x)
+        x.normal_()
