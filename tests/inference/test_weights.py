@@ -119,6 +119,25 @@ def test_statistics_that_training_mode_writes_are_noticed(dtype: torch.dtype, to
     assert (after - before).abs().max() > 0.1 * before.abs().max()
 
 
+@pytest.mark.parametrize("variance", [0.0, float("inf")])
+def test_statistics_are_noticed_beside_those_of_a_channel_that_is_pruned(variance: float, seen: Seen) -> None:
+    """Which stay what they are."""
+    model, x = made("residual"), inputs_of("residual")
+    with torch.no_grad():
+        model.stem[0].weight[0] = 0.0
+        model.stem[1].running_mean[0] = 0.0
+        model.stem[1].running_var[0] = variance
+    fast = compiled(model)
+    before = check(fast, model, x)
+    assert torch.equal(check(fast, model, x), before)
+    assert seen.compilations == 1
+    with torch.no_grad():
+        model.stem[1].train()(model.stem[0](9 + 9 * inputs_of("residual", 4)))
+    model.stem[1].eval()
+    check(fast, model, x)
+    assert seen.compilations == 2
+
+
 def test_writes_that_are_not_counted_need_repack(seen: Seen) -> None:
     model = made()
     fast = compiled(model)
