@@ -19,8 +19,8 @@ last one finds nothing to correct that the network could not adapt to any more.
 """
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -37,6 +37,7 @@ BINS = 4096
 TOLERANCE = 0.005  # of a reached sparsity, as a fraction: within it a target counts as reached
 SAMPLE = 2**16  # weights per layer in an ordinary shift: 0.1 points of standard error for one layer, less in total
 EXACT_SAMPLE = 2**22  # in an exact one
+AT_A_TIME = 2**23  # margins that are in memory at once: of all layers in ordinary shifts, of a few in exact ones
 
 
 class Shift(NamedTuple):
@@ -89,9 +90,9 @@ def masked_fraction(weights: list[SteeredWeight]) -> float:
     """The fraction of all elements of ``weights`` that is masked now, judged by the sample of an ordinary shift."""
     fractions, numels = [], []
     for weight in weights:
-        parameter, _, sample, cut = _read(weight, SAMPLE)
-        if sample.numel():
-            fractions.append((sample.abs().log() <= cut).float().mean())
+        parameter, sample = _read(weight, SAMPLE)
+        if sample.values.numel():
+            fractions.append((sample.margin() <= 0).float().mean())
             numels.append(parameter.numel())
     shares = [float(fraction) * numel for fraction, numel in zip(fractions, numels, strict=True)]  # of any device
     return sum(shares) / max(1, sum(numels))
@@ -120,42 +121,32 @@ def steer(
     Where that cannot be reached, as many are masked as can be.
     """
     limit = EXACT_SAMPLE if exact else SAMPLE
-    samples, log_cuts, cuts, numels, sizes = [], [], [], [], []
+    samples, numels = [], []
     norms = []  # or, where nothing was gathered, what they are of
     for weight in weights:
-        parameter, log_cut, sample, sample_cut = _read(weight, limit)
+        parameter, sample = _read(weight, limit)
         is_gathered = is_dtensor(stored_weight(weight.module, weight.slot))
-        samples.append(sample.float().clone() if is_gathered else sample.float())  # frees what was gathered
-        cuts.append(sample_cut)
-        log_cuts.append(log_cut)
+        samples.append(
+            replace(sample, values=sample.values.clone()) if is_gathered else sample
+        )  # frees what was gathered
         numels.append(parameter.numel())
-        sizes.append(sample.numel())
         norms.append(torch.linalg.vector_norm(parameter) if is_gathered else parameter)
     finite = torch.isfinite(torch.nn.utils.get_total_norm(norms))
-    device = samples[0].device
-    size = torch.tensor(sizes, dtype=torch.float32).to(device, non_blocking=True)
-    numel = torch.tensor(numels, dtype=torch.float32).to(device, non_blocking=True)
+    margins = _Margins(samples)
+    numel = torch.tensor(numels, dtype=torch.float32).to(margins.device, non_blocking=True)
     caps = [_most_zeros(n, max_layer_sparsity) / max(1, n) for n in numels]
-    cap = torch.tensor(caps, dtype=torch.float32).to(device, non_blocking=True)
-
-    magnitude = torch.cat(samples).abs()
-    layer = torch.repeat_interleave(torch.arange(len(sizes), device=device), size.long(), output_size=sum(sizes))
-    size = size.clamp(min=1)  # a weight without elements has no fractions
-    margin = magnitude.log() - torch.cat(cuts)
-    margin = torch.where(magnitude > MAX_CUT, math.inf, margin)
-    zeros = torch.zeros_like(size).index_add_(0, layer, (magnitude == 0).float()) / size
+    cap = torch.tensor(caps, dtype=torch.float32).to(margins.device, non_blocking=True)
     if ramping:
-        within_reach = torch.zeros_like(size).index_add_(0, layer, (margin < math.inf).float()) / size
         ahead = torch.minimum(cap, torch.full_like(cap, (1 + sparsity) / 2))
-        enough = (torch.minimum(within_reach, ahead) * numel).sum() >= sparsity * numel.sum()
+        enough = (torch.minimum(margins.within_reach, ahead) * numel).sum() >= sparsity * numel.sum()
         cap = torch.where(enough, ahead, cap)
 
-    d, layer_d, reached = _common_shift(margin, layer, size, numel, cap, zeros, sparsity)
+    d, layer_d, reached = _common_shift(margins, numel, cap, sparsity)
     finite = finite & torch.isfinite(d)
     shifts = torch.minimum(d, layer_d)
-    for i, (weight, log_cut) in enumerate(zip(weights, log_cuts, strict=True)):
-        new_cut = torch.clamp(log_cut + shifts[i], max=math.log(MAX_CUT))
-        change = torch.where(finite, logit_of_log(new_cut) - logit_of_log(log_cut), 0.0)
+    for i, (weight, sample) in enumerate(zip(weights, samples, strict=True)):
+        new_cut = torch.clamp(sample.log_cut + shifts[i], max=math.log(MAX_CUT))
+        change = torch.where(finite, logit_of_log(new_cut) - logit_of_log(sample.log_cut), 0.0)
         for offset in weight.offsets:
             offset.data.add_(placed_like(change, offset))  # no write that autograd sees: a graph may still need it
     return Shift(finite, finite & reached)
@@ -219,24 +210,105 @@ def explain_out_of_reach(weights: list[SteeredWeight], target: float) -> str:
     )
 
 
-def _common_shift(
-    margin: Tensor, layer: Tensor, size: Tensor, numel: Tensor, cap: Tensor, zeros: Tensor, sparsity: float
-) -> tuple[Tensor, Tensor, Tensor]:
+@dataclass(frozen=True)
+class _Sample:
+    """Elements of a weight at equal distances, a view of it where it can be, with what their margins are computed from.
+
+    Attributes:
+        values: as they are stored.
+        log_cut: the logs of the cuts of the weight, ``[1]`` or ``[C]``.
+        channels: how many elements the weight has, the distance, how many elements of a channel lie side by side, and
+            C; None where there is one cut.
+    """
+
+    values: Tensor
+    log_cut: Tensor
+    channels: tuple[int, int, int, int] | None = None
+
+    def margin(self) -> Tensor:
+        """``log|w| - log g(s)`` of each element, float32."""
+        cut = self.log_cut
+        if self.channels is not None:
+            numel, step, inner, count = self.channels
+            cut = cut[torch.arange(0, numel, step, device=cut.device) // inner % count]
+        return self.values.float().abs().log() - cut
+
+
+class _Margins:
+    """The margins of all weights, a part of them at a time: kept where they are few, else computed at every look.
+
+    Attributes:
+        zeros, within_reach: the fraction of each weight that is zero, and that a cut can reach, ``[weights]``.
+        low, high: below and above all finite margins, 0-d.
+        any: whether there are any, 0-d.
+    """
+
+    def __init__(self, samples: list[_Sample]) -> None:
+        self.device = samples[0].values.device
+        self._parts: list[list[_Sample]] = [[]]
+        for sample in samples:
+            if sum(s.values.numel() for s in self._parts[-1]) + sample.values.numel() > AT_A_TIME and self._parts[-1]:
+                self._parts.append([])
+            self._parts[-1].append(sample)
+        self._kept: tuple[Tensor, Tensor] | None = None
+        sizes = torch.tensor([max(1, s.values.numel()) for s in samples], dtype=torch.float32)
+        self._sizes = sizes.to(self.device, non_blocking=True)
+        lows, highs, zeros, within = [], [], [], []
+        for margin, layer, count in self._looks():
+            usable = torch.isfinite(margin)
+            lows.append(torch.where(usable, margin, math.inf).min())
+            highs.append(torch.where(usable, margin, -math.inf).max())
+            none = torch.zeros(count, dtype=torch.float32, device=self.device)
+            zeros.append(none.index_add(0, layer, (margin == -math.inf).float()))
+            within.append(none.index_add(0, layer, (margin < math.inf).float()))
+        self.zeros, self.within_reach = torch.cat(zeros) / self._sizes, torch.cat(within) / self._sizes
+        self.low, self.high = torch.stack(lows).min() - 1e-3, torch.stack(highs).max() + 1e-3
+        self.any = self.low < self.high
+
+    def at_or_below(self, low: Tensor, high: Tensor) -> Tensor:
+        """The fraction of each weight's margins at or below each of the BINS + 1 edges between ``low`` and ``high``."""
+        counts = []
+        for margin, layer, count in self._looks():
+            position = torch.ceil((margin - low) / (high - low) * BINS).clamp(0, BINS + 1)
+            position = torch.nan_to_num(position, nan=BINS + 1.0)
+            index = layer * (BINS + 2) + position.long()
+            histogram = torch.zeros(count * (BINS + 2), dtype=torch.int64, device=self.device)
+            counts.append(histogram.index_add_(0, index, torch.ones_like(index)).view(count, -1))
+        return torch.cat(counts).cumsum(1)[:, : BINS + 1].float() / self._sizes[:, None]
+
+    def _looks(self) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """For each part its margins, the number of the weight in the part for each, and how many weights it has."""
+        for part in self._parts:
+            looked = self._kept if self._kept is not None else self._look(part)
+            if len(self._parts) == 1:
+                self._kept = looked
+            yield *looked, len(part)
+
+    def _look(self, part: list[_Sample]) -> tuple[Tensor, Tensor]:
+        margins = []
+        for sample in part:
+            margin = sample.margin()
+            margins.append(torch.where(sample.values.abs() > MAX_CUT, math.inf, margin))
+        sizes = [sample.values.numel() for sample in part]
+        repeats = torch.tensor(sizes).to(self.device, non_blocking=True)
+        numbers = torch.arange(len(part), device=self.device)
+        return torch.cat(margins), torch.repeat_interleave(numbers, repeats, output_size=sum(sizes))
+
+
+def _common_shift(margins: _Margins, numel: Tensor, cap: Tensor, sparsity: float) -> tuple[Tensor, Tensor, Tensor]:
     """Solve for the common shift; return it, the bound on the shift of each layer, and whether they are enough.
 
     A histogram of the margins, then one of the bin in which the solution lies: a resolution of one in 4096 squared.
     """
-    total = numel.sum()
-    usable = torch.isfinite(margin)
-    low = torch.where(usable, margin, math.inf).min() - 1e-3
-    high = torch.where(usable, margin, -math.inf).max() + 1e-3
-    d = low
-    layer_d = torch.full_like(size, math.inf)
+    total, zeros = numel.sum(), margins.zeros
+    d = low = margins.low
+    high = margins.high
+    layer_d = torch.full_like(cap, math.inf)
     for refining in (False, True):
-        fraction = _cumulative(margin, layer, size, low, high)  # [layers, BINS + 1], at the edges of the bins
+        fraction = margins.at_or_below(low, high)  # [layers, BINS + 1], at the edges of the bins
         held = torch.maximum(torch.minimum(fraction, cap[:, None]), zeros[:, None])
         reached = (held * (numel / total)[:, None]).sum(0)
-        edge = low + (high - low) * torch.arange(BINS + 1, device=margin.device) / BINS
+        edge = low + (high - low) * torch.arange(BINS + 1, device=margins.device) / BINS
         if not refining:
             # The largest edge at which a layer is still within its bound; a layer of zeros only stays where it is.
             within = (fraction <= cap[:, None]).sum(1) - 1
@@ -249,29 +321,19 @@ def _common_shift(
         part = ((sparsity - below) / (above - below).clamp(min=1e-12)).clamp(0, 1)
         low, high = edge[at - 1], edge[at]
         d = low + part * (high - low)
-    d = torch.where(usable.any(), d, 0.0)  # where there are only zeros none is to be made
+    d = torch.where(margins.any, d, 0.0)  # where there are only zeros none is to be made
     return d, layer_d, is_enough
 
 
-def _cumulative(margin: Tensor, layer: Tensor, size: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """The fraction of each layer's margins at or below each of the BINS + 1 edges between ``low`` and ``high``."""
-    position = torch.ceil((margin - low) / (high - low) * BINS).clamp(0, BINS + 1)
-    position = torch.nan_to_num(position, nan=BINS + 1.0)
-    index = layer * (BINS + 2) + position.long()
-    counts = torch.zeros(len(size) * (BINS + 2), dtype=torch.int64, device=margin.device)
-    counts.index_add_(0, index, torch.ones_like(index))
-    return counts.view(len(size), -1).cumsum(1)[:, : BINS + 1].float() / size[:, None]
-
-
-def _read(weight: SteeredWeight, limit: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The whole weight and the logs of its cuts, and a sample of about ``limit`` elements with those of theirs."""
+def _read(weight: SteeredWeight, limit: int) -> tuple[Tensor, _Sample]:
+    """The whole weight, and a sample of about ``limit`` elements."""
     parameter = full_tensor(stored_weight(weight.module, weight.slot).detach())
     log_cut = F.logsigmoid(full_logit(weight.module, weight.slot).float()).reshape(-1)
-    return parameter, log_cut, *_sample(parameter, log_cut, weight.slot.axis, limit)
+    return parameter, _sample(parameter, log_cut, weight.slot.axis, limit)
 
 
-def _sample(parameter: Tensor, log_cut: Tensor, axis: int, limit: int) -> tuple[Tensor, Tensor]:
-    """Return about ``limit`` elements at equal distances, with the log of the cut that applies to each.
+def _sample(parameter: Tensor, log_cut: Tensor, axis: int, limit: int) -> _Sample:
+    """About ``limit`` elements at equal distances.
 
     The distance has no common divisor with the number of elements, so every channel and kernel position is met alike.
     """
@@ -282,12 +344,10 @@ def _sample(parameter: Tensor, log_cut: Tensor, axis: int, limit: int) -> tuple[
     step = max(1, numel // limit)
     while math.gcd(step, numel) > 1:
         step -= 1
-    sample = flat[::step]
     if log_cut.numel() == 1:
-        return sample, log_cut.expand(sample.numel())
+        return _Sample(flat[::step], log_cut)
     inner = math.prod(dense.shape[order.index(axis) + 1 :])
-    channel = torch.arange(0, numel, step, device=flat.device) // inner % parameter.shape[axis]
-    return sample, log_cut[channel]
+    return _Sample(flat[::step], log_cut, (numel, step, inner, parameter.shape[axis]))
 
 
 def logit_of_log(log_g: Tensor) -> Tensor:

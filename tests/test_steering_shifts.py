@@ -253,6 +253,21 @@ def test_a_target_that_comes_within_reach_again_is_reached() -> None:
     assert autosparse_fx.sparsity(model) == pytest.approx(0.8, abs=0.005)
 
 
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+def test_margins_a_part_at_a_time_give_the_same_shift(
+    granularity: str, exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = autosparse_fx.sparsify(reference.mlp(32, 64), AutoSparse(granularity=granularity))
+    parts = copy.deepcopy(model)
+    assert bool(steer(steered(model), 0.8, 0.99, ramping=not exact, exact=exact).reached)
+    monkeypatch.setattr("autosparse_fx.steering.AT_A_TIME", 3000)
+    assert bool(steer(steered(parts), 0.8, 0.99, ramping=not exact, exact=exact).reached)
+    for name, offset in offsets_of(model).items():
+        torch.testing.assert_close(parts.get_buffer(name), offset, rtol=1e-6, atol=0)
+        assert bool((offset != 0).any())
+
+
 def test_weights_without_elements_are_not_steered() -> None:
     model = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
     model[1].weight = nn.Parameter(torch.empty(0, 8))
