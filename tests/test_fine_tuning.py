@@ -17,7 +17,7 @@ from autosparse_fx import AutoSparse, GradientAnnealing, finalize, sparsify
 # All of torch itself: where a compiled graph begins with a computed tensor.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
-# What the README says for training on with the zeros as they are.
+# What docs/training.md says for training on with the zeros as they are.
 FROZEN = AutoSparse(target_sparsity=None, alpha=0.0, threshold_init=-50.0)
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mlp": (reference.mlp, (16,)),
