@@ -56,10 +56,12 @@ def report(
 
     Raises:
         ValueError: if the model cannot be run on the inputs, a weight is on the meta device, not yet initialised, or
-            was tied outside of ``dense_weights``, or the unit is unknown.
+            was tied outside of ``dense_weights``, the unit is unknown, or there are dynamic shapes of no inputs.
     """
     if unit not in UNITS:
         raise ValueError(f"unit must be one of {', '.join(map(repr, UNITS))}, got {unit!r}")
+    if dynamic_shapes is not None and example_inputs is None:
+        raise ValueError("dynamic_shapes are those of example_inputs, which are missing: pass both")
     check_module(model, "report")
     model = eager.without_wrapper(model)
     found = _count_zeros(model)

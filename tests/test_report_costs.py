@@ -215,6 +215,7 @@ def test_without_a_compiler_only_the_kernels_are_not_known(monkeypatch: pytest.M
         ({"unit": "gflops"}, "unit must be one of 'flops', 'macs', got 'gflops'"),
         ({"example_inputs": torch.randn(2, 3)}, "could not be run on the example_inputs"),
         ({"example_inputs": X, "dynamic_shapes": ({2: "height"},)}, "ConvNet fixes 'height'"),
+        ({"dynamic_shapes": ({0: "batch"},)}, "example_inputs, which are missing"),
     ],
 )
 def test_bad_input(arguments: dict[str, Any], message: str) -> None:

@@ -6,6 +6,7 @@ from functools import cached_property
 
 import sympy
 
+from autosparse_fx.arguments import is_fraction
 from autosparse_fx.flops.product import Product, size_symbol, sparsity_symbol
 
 
@@ -78,7 +79,7 @@ class ModelFlops:
             A number; an expression while sizes are missing.
 
         Raises:
-            ValueError: naming a size or a weight that the counts do not depend on.
+            ValueError: naming a size or a weight that the counts do not depend on, or a sparsity that is no fraction.
         """
         known = sparsities or {}
         values = {sparsity_symbol(name): known.get(name, 0) for name in self.weights}
@@ -91,6 +92,9 @@ class ModelFlops:
                 f"the model does not multiply by {', '.join(map(repr, strangers[:3]))}; its weights are "
                 f"{', '.join(self.weights[:5])}{', ...' if len(self.weights) > 5 else ''}"
             )
+        for name, value in known.items():
+            if not is_fraction(value):
+                raise ValueError(f"the sparsity of {name!r} must be a fraction in [0, 1], got {value!r}")
         values |= {size_symbol(name): size for name, size in sizes.items()}
         result = count.subs(values)
         if not result.is_number:

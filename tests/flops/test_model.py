@@ -74,6 +74,14 @@ def test_a_sparsity_of_no_weight_is_an_error() -> None:
         flops.evaluate(flops.sparse.forward, {"0.wieght": 0.5})
 
 
+@pytest.mark.parametrize("value", [90, -0.1, 1.01, math.nan, "0.9", None])
+def test_a_sparsity_that_is_no_fraction_is_an_error(value: Any) -> None:
+    """In percent it would make counts negative."""
+    flops = count_flops(two(), X)
+    with pytest.raises(ValueError, match=rf"sparsity of '0\.weight' must be a fraction in \[0, 1\], got {value!r}"):
+        flops.evaluate(flops.sparse.forward, {"0.weight": value})
+
+
 def test_layers_add_up_to_the_total() -> None:
     """Products of two activations are named by where they are made."""
     model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 4))
