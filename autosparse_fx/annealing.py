@@ -1,6 +1,5 @@
 """GradientAnnealing: after every optimizer step it lowers alpha, and steers the thresholds to the target."""
 
-import operator
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from autosparse_fx.arguments import check_module
+from autosparse_fx.arguments import check_bool, check_module, whole_steps
 from autosparse_fx.attach import masked_modules
 from autosparse_fx.consistency import refuse_broken_ties
 from autosparse_fx.controller import Controller
@@ -63,10 +62,11 @@ class GradientAnnealing:
         history: alpha, sparsity and cuts over the training; see :class:`~autosparse_fx.history.History`.
 
     Raises:
-        ValueError: if the model is not sparse, ``total_steps`` is not positive, a target is out of reach, weights were
-            tied or untied outside of ``dense_weights``, or momentum is to be cleared without an optimizer or in sharded
-            weights.
-        TypeError: if ``model`` is no module, or ``optimizer`` no optimizer, or a wrapper that hides the hooks of one.
+        ValueError: if the model is not sparse, ``total_steps`` is no positive whole number, a target is out of reach,
+            weights were tied or untied outside of ``dense_weights``, or momentum is to be cleared without an optimizer
+            or in sharded weights.
+        TypeError: if ``model`` is no module, or ``optimizer`` no optimizer, or a wrapper that hides the hooks of one,
+            or ``clear_momentum`` no bool.
 
     Warns:
         UserWarning: if a layer joined the model after ``sparsify``, and so is dense; if alpha is 0 throughout and a
@@ -87,8 +87,8 @@ class GradientAnnealing:
         modules = masked_modules(model)
         if not any(module._autosparse_slots for _, module in modules):
             raise ValueError(f"{type(model).__name__} is not sparse: call autosparse_fx.sparsify(model) first")
-        if isinstance(total_steps, bool) or not hasattr(total_steps, "__index__") or total_steps <= 0:
-            raise ValueError(f"total_steps must be a positive number of optimizer steps, got {total_steps!r}")
+        self.total_steps = whole_steps(total_steps, "total_steps")
+        check_bool(clear_momentum, "clear_momentum")
         plans = {id(m._autosparse.plan): m._autosparse.plan for _, m in modules if m._autosparse_slots}
         configs = [plan.config for plan in plans.values()]
         if any(config != configs[0] for config in configs):
@@ -106,13 +106,12 @@ class GradientAnnealing:
         warn_of_late_weights(model)
         if configs[0].alpha == 0:
             warn_of_zeros_that_stay(module for _, module in modules)
-        self.total_steps = operator.index(total_steps)
         self._config = configs[0]
         self._plans = list(plans.values())
         self._lineages = {plan.lineage for plan in self._plans}
         self._model = model
         self._modules = modules
-        self._interval = max(1, min(MAX_STEPS_BETWEEN_SHIFTS, total_steps // 100))
+        self._interval = max(1, min(MAX_STEPS_BETWEEN_SHIFTS, self.total_steps // 100))
         self._count = 0
         self._warned_of_end = False
         self._warned_of_order = False

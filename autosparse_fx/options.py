@@ -1,12 +1,12 @@
 """What ``torch.compile(model, backend="autosparse", mode=..., options={...})`` may say."""
 
 import dataclasses
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from autosparse_fx._compat import inductor
+from autosparse_fx.arguments import check_bool, whole_steps
 from autosparse_fx.config import AutoSparse
 from autosparse_fx.hidden.masks import Request
 
@@ -36,8 +36,7 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
     mode = given.pop("mode", None) or mode
     request = _request({name: given.pop(name) for name in ONE_LINE_OPTIONS if name in given})
     recompute_masks = given.pop("recompute_masks", True)
-    if not isinstance(recompute_masks, bool):
-        raise TypeError(f"option 'recompute_masks' must be True or False, got {recompute_masks!r}")
+    check_bool(recompute_masks, "option 'recompute_masks'")
     known = inductor.inductor_option_names()
     for name in given:
         if name not in known:
@@ -58,11 +57,5 @@ def _request(given: dict[str, Any]) -> Request | None:
             f"option {next(iter(given))!r} makes a model sparse while it trains, which also needs 'total_steps': the "
             "number of optimizer steps of the whole training"
         )
-    total_steps = given.pop("total_steps")
-    try:
-        steps = operator.index(total_steps)
-    except TypeError:
-        steps = 0
-    if isinstance(total_steps, bool) or steps <= 0:
-        raise ValueError(f"option 'total_steps' must be a positive number of optimizer steps, got {total_steps!r}")
+    steps = whole_steps(given.pop("total_steps"), "option 'total_steps'")
     return Request(AutoSparse(**given), steps)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from autosparse_fx._compat import eager
-from autosparse_fx.arguments import check_module
+from autosparse_fx.arguments import check_bool, check_module
 from autosparse_fx.attach import attach, detach, detach_weight, masked_modules, remask
 from autosparse_fx.config import AutoSparse
 from autosparse_fx.consistency import is_masked, refuse_broken_ties
@@ -148,13 +148,14 @@ def finalize(model: ModuleT, *, reach_target: bool = False) -> ModuleT:
             that joined the model after ``sparsify`` was never masked.
 
     Raises:
-        TypeError: if ``model`` is no module.
+        TypeError: if ``model`` is no module, or ``reach_target`` no bool.
         ValueError: if nothing in ``model`` is sparse, weights are on the meta device, were tied outside of
             ``dense_weights``, or are tied to masked ones outside of ``model``, or it is to reach a target and has none.
         RuntimeError: if a masked module was wrapped by FSDP2 or parametrized meanwhile, or if the target is out of
             reach; the model is then unchanged.
     """
     check_module(model, "finalize")
+    check_bool(reach_target, "reach_target")
     modules = all_masked_modules(model)
     if not modules:
         raise ValueError(

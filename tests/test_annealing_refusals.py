@@ -1,6 +1,8 @@
 """GradientAnnealing: what it refuses, and what it warns of."""
 
 import json
+import math
+import re
 import warnings
 from typing import Any
 
@@ -17,18 +19,36 @@ from autosparse_fx import AutoSparse, GradientAnnealing
 # misuse
 
 
-@pytest.mark.parametrize("total_steps", [0, -1, 1.5, True, "10", None], ids=repr)
-def test_total_steps_that_is_no_positive_number_is_refused(total_steps: Any) -> None:
-    with pytest.raises(
-        ValueError, match=f"total_steps must be a positive number of optimizer steps, got {total_steps!r}"
-    ):
+WHOLE = "total_steps must be a positive whole number of optimizer steps, got"
+
+
+@pytest.mark.parametrize(
+    ("total_steps", "end"),
+    [
+        *((value, repr(value)) for value in (0, -1, -1.5, True, "10", None, math.inf, math.nan, [10])),
+        *((value, f"{value}: pass int({value})") for value in (1.5, 10000.0)),
+        (torch.optim.SGD([nn.Parameter(torch.ones(1))]), "a value of type SGD"),
+    ],
+    ids=repr,
+)
+def test_total_steps_that_is_no_positive_whole_number_is_refused(total_steps: Any, end: str) -> None:
+    with pytest.raises(ValueError, match=f"^{WHOLE} {re.escape(end)}$"):
         GradientAnnealing(sparse_mlp(), total_steps)
 
 
-def test_total_steps_may_be_any_kind_of_integer() -> None:
-    annealer = GradientAnnealing(sparse_mlp(), np.int64(10))
+@pytest.mark.parametrize("total_steps", [np.int64(10), torch.tensor(10)])
+def test_total_steps_may_be_any_kind_of_integer(total_steps: Any) -> None:
+    annealer = GradientAnnealing(sparse_mlp(), total_steps)
     state = json.loads(json.dumps(annealer.state_dict()))
     assert (state["steps"], state["total_steps"]) == (0, 10)
+    assert type(annealer.total_steps) is int
+
+
+@pytest.mark.parametrize("value", ["yes", 1, None])
+def test_clear_momentum_that_is_no_bool_is_refused(value: Any) -> None:
+    model = sparse_mlp()
+    with pytest.raises(TypeError, match=f"^clear_momentum must be True or False, got {value!r}$"):
+        GradientAnnealing(model, 10, sgd(model), clear_momentum=value)
 
 
 def test_a_model_that_is_not_sparse_is_refused() -> None:

@@ -217,6 +217,14 @@ def test_finalizing_twice_is_refused() -> None:
         finalize(model)
 
 
+@pytest.mark.parametrize("value", ["no", 0, None])
+def test_reach_target_that_is_no_bool_is_refused(value: Any) -> None:
+    model = sparsify(nn.Linear(8, 4))
+    with pytest.raises(TypeError, match=f"^reach_target must be True or False, got {value!r}$"):
+        finalize(model, reach_target=value)
+    assert "weight_threshold" in model.state_dict()
+
+
 def test_part_of_a_model_can_be_finalized() -> None:
     _, model, x = masked_model("mlp")
     expected = model(x)

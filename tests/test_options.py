@@ -150,7 +150,7 @@ UNFIT += [torch.tensor(2.5), torch.ones(2), np.ones(2, dtype=int)]
 
 @pytest.mark.parametrize("value", UNFIT, ids=str)
 def test_total_steps_that_is_no_positive_number_of_steps(value: Any) -> None:
-    with pytest.raises(ValueError, match=r"'total_steps' must be a positive number of optimizer steps, got"):
+    with pytest.raises(ValueError, match=r"'total_steps' must be a positive whole number of optimizer steps, got"):
         parse_options(None, {"total_steps": value})
 
 
@@ -201,7 +201,7 @@ def test_recompute_masks_needs_no_total_steps() -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"total_steps": 0}, "'total_steps' must be a positive number"),
+        ({"total_steps": 0}, "'total_steps' must be a positive whole number"),
         ({"target_sparsity": 0.9}, "also needs 'total_steps'"),
         ({"total_steps": 5, "alpha": 2}, "AutoSparse.alpha"),
         ({"total_steps": 5, "target": 0.9}, "no option 'target'"),

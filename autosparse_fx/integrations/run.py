@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from autosparse_fx._compat import eager
 from autosparse_fx.annealing import GradientAnnealing
+from autosparse_fx.arguments import check_bool, whole_steps
 from autosparse_fx.attach import masked_modules
 from autosparse_fx.config import AutoSparse
 from autosparse_fx.masked_state import stored_weight
@@ -50,10 +51,9 @@ class SparseRun:
                 f"AutoSparseCallback got a configuration and {', '.join(map(repr, fields))} too: set these in the "
                 "configuration"
             )
-        if total_steps is not None and (not isinstance(total_steps, int) or total_steps <= 0):
-            raise ValueError(f"total_steps must be a positive number of optimizer steps, got {total_steps!r}")
+        check_bool(finalize, "finalize")
         self.config = AutoSparse.from_dict(fields) if fields else config
-        self.total_steps = total_steps
+        self.total_steps = None if total_steps is None else whole_steps(total_steps, "total_steps")
         self.finalize = finalize
         self.annealer: GradientAnnealing | None = None
         self._prepared: AutoSparse | None = None

@@ -310,12 +310,18 @@ def test_other_training_is_not_resumed(tmp_path: Path) -> None:
         ({"target_sparsity": 1.5}, ValueError, "target_sparsity"),
         ({"config": AutoSparse(), "alpha": 0.5}, TypeError, "set these in the configuration"),
         ({"config": 0.9}, TypeError, "takes an AutoSparse"),
-        ({"total_steps": 0}, ValueError, "total_steps must be a positive number"),
+        ({"finalize": "yes"}, TypeError, "finalize must be True or False, got 'yes'"),
+        ({"total_steps": 100.0}, ValueError, "whole number of optimizer steps, got 100.0: pass int"),
+        ({"total_steps": 0}, ValueError, "total_steps must be a positive whole number"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         AutoSparseCallback(**arguments)
+
+
+def test_total_steps_of_any_whole_type_are_plain() -> None:
+    assert type(AutoSparseCallback(total_steps=torch.tensor(40))._run.total_steps) is int
 
 
 def test_trainings_that_are_refused(tmp_path: Path) -> None:
