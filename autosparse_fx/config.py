@@ -221,5 +221,5 @@ def masking_exactly(thresholds: Mapping[str, Tensor], scale: float | None = None
     rules: dict[str, Any] = {
         name: {"granularity": "channel" if threshold.numel() > 1 else "layer"} for name, threshold in thresholds.items()
     }
-    made = AutoSparse(target_sparsity=None, threshold_init=-5.0, rules={**rules, "*": None})
+    made = AutoSparse(target_sparsity=None, threshold_init=-20.0, rules={**rules, "*": None})
     return made if scale is None else dataclasses.replace(made, threshold_scale=scale)

@@ -1,6 +1,8 @@
 """Where a threshold starts."""
 
 import math
+import warnings
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +40,35 @@ def initial_logit(weight: Tensor, threshold_init: float | str, axis: int) -> tup
     cut = min(AUTO_CUT * math.sqrt(fan_in), AUTO_CUT_MAX) * std
     cut = min(max(cut, _CUT_BOUNDS[0]), _CUT_BOUNDS[1])
     return math.log(cut / (1 - cut)), provisional
+
+
+def warn_of_only_zeros(begun: Iterable[tuple[MaskedWeight, Tensor]], stacklevel: int) -> None:
+    """Warn of weights that the logit that was asked for masks entirely: mostly it is a cut, taken for a logit."""
+    masked = {
+        weight.name: weight.config.threshold_init
+        for weight, parameter in begun
+        if not isinstance(weight.config.threshold_init, str) and _is_below(parameter, weight.config.threshold_init)
+    }
+    if not masked:
+        return
+    name, logit = next(iter(masked.items()))
+    others = f" ({len(masked)} such weights in all)" if len(masked) > 1 else ""
+    meant = f", and {math.log(logit / (1 - logit)):.3g} has the cut {logit}" if 0 < logit < 1 else ""
+    warnings.warn(
+        f"weight '{name}' begins with only zeros{others}: threshold_init={logit} is a logit, whose cut "
+        f"sigmoid({logit}) = {_cut(logit):.3g} is above all of it{meant}; 'auto' takes a cut that fits the weights",
+        stacklevel=stacklevel + 1,
+    )
+
+
+def _cut(logit: float) -> float:
+    return float(torch.sigmoid(torch.tensor(logit)))
+
+
+def _is_below(parameter: Tensor, logit: float) -> bool:
+    if parameter.is_meta or not parameter.numel():
+        return False
+    return 0 < float(full_tensor(parameter.detach()).abs().amax()) <= _cut(logit)
 
 
 def threshold_shape(parameter: Tensor, axis: int, config: AutoSparse) -> torch.Size:

@@ -16,7 +16,7 @@ from autosparse_fx.config import AutoSparse
 from autosparse_fx.consistency import is_masked, refuse_broken_ties
 from autosparse_fx.dtensors import placed_like
 from autosparse_fx.hidden.masks import all_masked_modules, hidden_mask, hidden_masks, release
-from autosparse_fx.initial import new_mask
+from autosparse_fx.initial import new_mask, warn_of_only_zeros
 from autosparse_fx.masked import MaskedModule, masked_class, masked_value
 from autosparse_fx.masked_state import ALPHA, stored_weight
 from autosparse_fx.optimizers import warn_of_late_weights
@@ -58,6 +58,9 @@ def sparsify(
 
     Returns:
         ``model`` itself.
+
+    Warns:
+        UserWarning: if a weight begins with only zeros, because its ``threshold_init`` has a cut above all of it.
 
     Raises:
         TypeError, ValueError: if a rule matches nothing, a weight cannot be masked, nothing is left to mask, or the
@@ -119,6 +122,8 @@ def sparsify(
         made = new_mask(candidate.parameter, candidate.axis, weight) if known is None else known.state()
         alpha = _shared_alpha(alphas, candidate.parameter.device, config.alpha if known is None else float(known.alpha))
         prepared_masks.append((candidate, weight, *made, alpha))
+    begun = [(weight, c.parameter) for c, weight, *_ in prepared_masks if hidden_mask(c.parameter) is None]
+    warn_of_only_zeros(begun, stacklevel=2)
     for candidate, weight, threshold, offset, alpha in prepared_masks:
         for module, name in candidate.holders:
             attach(module, Slot(name, candidate.axis or 0), weight, plan, threshold, offset, alpha)

@@ -1,6 +1,7 @@
 """sparsify: which weights are masked, rules, and tied weights."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from sparse_models import masked_names, unchanged
 from torch import nn
 
 from autosparse_fx import AutoSparse, report, sparsify, thresholds
+from autosparse_fx.config import masking_exactly
 
 
 class Vision(nn.Module):
@@ -175,6 +177,40 @@ def test_first_matching_rule_wins() -> None:
     model = sparsify(model_with_blocks(), AutoSparse(rules=rules))
     found = {name: s.item() for name, s in thresholds(model).items()}
     assert found == {"stem.weight": -2.0, "block.0.weight": -1.0, "fc.weight": -2.0}
+
+
+BEGINS = (
+    r"weight '0\.weight' begins with only zeros \(2 such weights in all\): threshold_init={} is a logit, whose cut "
+)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.75])
+@pytest.mark.parametrize(
+    ("init", "words"),
+    [
+        (0.01, r"sigmoid\(0\.01\) = 0\.502 .*, and -4\.6 has the cut 0\.01;"),
+        (0.0, r"sigmoid\(0\.0\) = 0\.5 is above all of it; "),
+    ],
+)
+def test_a_cut_that_is_given_for_its_logit_is_told(init: float, words: str, alpha: float) -> None:
+    model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4), nn.Linear(4, 1))
+    nn.init.ones_(model[2].weight)
+    with pytest.warns(UserWarning, match=BEGINS.format(init) + words) as told:
+        sparsify(model, AutoSparse(threshold_init=init, alpha=alpha))
+    assert [warning.filename for warning in told] == [__file__]
+
+
+def test_layers_that_begin_with_some_weights_or_with_zeros_of_their_own_are_no_matter() -> None:
+    model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4))
+    nn.init.zeros_(model[1].weight)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for init in ("auto", -5.0, -3.0):
+            sparsify(copy.deepcopy(model), AutoSparse(threshold_init=init))
+            sparsify(copy.deepcopy(model).to("meta"), AutoSparse(threshold_init=init))
+        config = AutoSparse(threshold_init=0.01, rules={"*": {"threshold_init": "auto"}})
+        saved = thresholds(sparsify(model, config))
+        sparsify(nn.Sequential(nn.Linear(10**6, 1), nn.Linear(1, 2)), masking_exactly({"0.weight": saved["0.weight"]}))
 
 
 def test_rule_sets_init_granularity_and_target() -> None:
