@@ -18,7 +18,7 @@ from autosparse_fx.hidden.graph import MaskedCall, mark_weights
 from autosparse_fx.hidden.masks import Request, hidden_mask
 from autosparse_fx.hidden.registration import undone_on_error
 from autosparse_fx.hidden.training import hook_optimizers
-from autosparse_fx.inference import compile_for_inference
+from autosparse_fx.inference import compile_at_first_call, compile_for_inference
 from autosparse_fx.options import ONE_LINE_OPTIONS, parse_options
 from autosparse_fx.ownership import holds_zeros, is_prepared
 from autosparse_fx.passes import DYNAMO_PASSES
@@ -77,8 +77,11 @@ def autosparse(
             if not torch.is_grad_enabled():
                 return call.bind(compile_for_inference(graph, parsed.inductor, compile_as_it_is))
             log.info("no sparse kernels: they need torch.no_grad() or torch.inference_mode() around the call")
+        elif not torch.is_grad_enabled() and (parsed.request is None or _has_masked_weights(gm)):
+            log.info("no sparse kernels: the weights are masked, which ends with autosparse_fx.finalize(model)")
         compiled = compile_as_it_is()
-    return call.bind(compiled)
+        plain = None if torch.is_grad_enabled() else compile_at_first_call(gm, parsed.inductor)
+    return call.bind(compiled, plain)
 
 
 def _refuse_unprepared_training(gm: GraphModule, request: Request | None) -> None:
@@ -106,6 +109,11 @@ def _refuse_unprepared_training(gm: GraphModule, request: Request | None) -> Non
                 "weights): call model = autosparse_fx.sparsify(model) before making the optimizer, compile with "
                 "options={'target_sparsity': 0.9, 'total_steps': ...}, or use backend='inductor' to train it dense"
             )
+
+
+def _has_masked_weights(gm: GraphModule) -> bool:
+    parameters = map(placeholder_parameter, gm.graph.nodes)
+    return any(parameter is not None and hidden_mask(parameter) is not None for parameter in parameters)
 
 
 def _all_nodes(gm: GraphModule) -> list[torch.fx.Node]:

@@ -58,6 +58,33 @@ def compile_for_inference(
     return (lambda *args: frozen(*args, *attributes)) if attributes else frozen
 
 
+def compile_at_first_call(gm: GraphModule, patches: dict[str, Any]) -> Callable[..., Any]:
+    """The same, compiled when it is called, for the weights that it is called with then."""
+    given = len(dynamo_graphs.graph_inputs(gm))
+    gm, state = with_state_as_inputs(gm)
+    inputs = dynamo_graphs.graph_inputs(gm)
+    attributes = [tensor for number, tensor in state.items() if number >= given]
+    numbers, made, lock = list(state), [], threading.Lock()
+
+    def compile_for(values: Sequence[Any]) -> Callable[..., Any]:
+        graph = inference_graph(gm, [values[number] for number in numbers])
+        if not isinstance(graph, str):
+            return FrozenGraph(graph, numbers, inputs, patches)
+        log.info("no sparse kernels: %s", graph)
+        with inductor.forgetting_what_is_compiled():
+            return inductor.compile_with_inductor(gm, inputs, patches)
+
+    def call(*args: Any) -> Any:
+        values = (*args, *attributes)
+        with lock:
+            if not made:
+                with torch.no_grad(), aot_autograd.tracing_again(inputs):
+                    made.append(compile_for(values))
+        return made[0](*values)
+
+    return call
+
+
 def repack(model: nn.Module) -> int:
     """Have the sparse kernels of ``model`` take its weights anew at the next call.
 

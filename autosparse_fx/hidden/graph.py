@@ -115,6 +115,7 @@ class MaskedCall:
 
     def __init__(self, gm: GraphModule, request: Request | None) -> None:
         placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        self._plain: Callable[..., Any] | None = None
         self._request = request
         self._sources: list[int | nn.Parameter] = []
         self._shapes: list[tuple[int, ...]] = []
@@ -149,9 +150,15 @@ class MaskedCall:
             return self._examples
         return [torch.empty(fake.shape, dtype=fake.dtype, device=fake.device) for fake in self._examples]
 
-    def bind(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
-        """Return what Dynamo is to call: ``compiled`` itself where the graph has no hidden thresholds."""
-        self._compiled = compiled
+    def bind(self, compiled: Callable[..., Any], plain: Callable[..., Any] | None = None) -> Callable[..., Any]:
+        """Return what Dynamo is to call: ``compiled`` itself where the graph has no hidden thresholds.
+
+        Args:
+            compiled: what the masked graph became.
+            plain: what to call without gradients where no weight has a mask any more; None for the masked graph, which
+                then computes the same.
+        """
+        self._compiled, self._plain = compiled, plain
         return self if self._sources or self._unmasked else compiled
 
     def __call__(self, *args: Any) -> Any:
@@ -174,6 +181,8 @@ class MaskedCall:
             known = self._known = _Known(masks.version(), [weakref.ref(weight) for weight in weights], state, found)
         if torch.is_grad_enabled():
             masks.note_use(known.masks)
+        elif not known.masks and self._plain is not None:
+            return self._plain(*args)
         return self._compiled(*args, *known.state)
 
     @staticmethod
