@@ -32,7 +32,7 @@ class OptimizerSteps:
         self._last: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         self._handle: Any = None
         self._listeners: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._lock = threading.Lock()  # annealers come and go while other threads step
+        self._lock = threading.Lock()  # annealers come and go, and optimizers step, in several threads
 
     def start(self, listener: Any) -> None:
         """Call ``listener.saw_step(optimizer)`` after every step, as long as it lives."""
@@ -46,13 +46,14 @@ class OptimizerSteps:
             self._listeners.discard(listener)
 
     def stepped_since(self, count: int) -> list[Optimizer]:
-        return [optimizer for optimizer, last in self._last.items() if last > count]
+        with self._lock:
+            return [optimizer for optimizer, last in self._last.items() if last > count]
 
     @torch.compiler.disable
     def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        self.count += 1
-        self._last[optimizer] = self.count
         with self._lock:
+            self.count += 1
+            self._last[optimizer] = self.count
             listeners = list(self._listeners)
         for listener in listeners:
             listener.saw_step(optimizer)

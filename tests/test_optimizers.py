@@ -8,10 +8,12 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+from threads import in_turns
 from torch import Tensor, nn
 from torch.optim import SGD, Adafactor, Adagrad, AdamW, NAdam, Optimizer, RMSprop
 
 from autosparse_fx import AutoSparse, GradientAnnealing, sparsify
+from autosparse_fx.optimizers import optimizer_steps
 
 # All of torch itself: where a compiled graph begins with a computed tensor.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -182,3 +184,31 @@ def test_an_optimizer_without_momentum_has_none_to_clear() -> None:
 def test_clearing_momentum_needs_the_optimizer() -> None:
     with pytest.raises(ValueError, match=r"clear_momentum needs the optimizer.*optimizer="):
         GradientAnnealing(sparse(), 10, clear_momentum=True)
+
+
+# Steps of several threads.
+
+
+def test_optimizers_step_in_threads_while_others_ask_which_did() -> None:
+    class Listener:
+        def saw_step(self, optimizer: Optimizer) -> None:
+            pass
+
+    listener = Listener()
+    optimizer_steps.start(listener)
+    before = optimizer_steps.count
+
+    def work(_: int) -> list[Optimizer]:
+        made: list[Optimizer] = []
+        for _ in range(100):
+            parameter = nn.Parameter(torch.ones(1))
+            parameter.grad = torch.ones(1)
+            made.append(SGD([parameter], lr=0.1))
+            made[-1].step()
+            assert made[-1] in optimizer_steps.stepped_since(before)
+        return made
+
+    made = [optimizer for found in in_turns(4, work) for optimizer in found]
+    assert optimizer_steps.count == before + len(made) == before + 400
+    assert set(optimizer_steps.stepped_since(before)) == set(made)
+    assert optimizer_steps.stepped_since(before + 400) == []

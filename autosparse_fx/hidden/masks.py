@@ -1,5 +1,6 @@
 """The masks of weights whose model was never prepared, found by the weight itself."""
 
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -43,7 +44,7 @@ class HiddenMask:
     optimizer_state: dict[str, Any] = field(default_factory=dict)  # as torch.optim keeps it
     trained: bool = False  # whether an optimizer that took a step holds the weight
     used: int = 0  # when a graph last computed gradients with it, in ticks of ``tick``
-    unheard: int = 0  # calls since then of graphs that use it first
+    unheard: int = 0  # calls of graphs that use it first, since that tick began
 
     def state(self) -> tuple[nn.Parameter, Tensor]:
         """Threshold and offset."""
@@ -75,19 +76,25 @@ class _Registry:
     seen: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)  # looked at for this request
     alphas: Any = field(default_factory=WeakIdKeyDictionary)  # plan -> {device: alpha}
     plans: Any = field(default_factory=WeakIdKeyDictionary)  # root module -> [(request, plan)]
-    called: set[HiddenMask] = field(default_factory=set)  # with gradients, since the last tick
     ticks: int = 0
     members: int = 0
     version: int = 0
 
 
 registry = _Registry()
+_ticking = threading.Lock()  # since threads step optimizers of their own
 
 
 def hidden_mask(parameter: Tensor) -> HiddenMask | None:
     """The mask of a weight, if it has one here."""
     found: HiddenMask | None = registry.masks.get(parameter)
     return found
+
+
+def masked_parameters() -> list[tuple[Tensor, HiddenMask]]:
+    """All weights that have a mask here, of which other threads may register more meanwhile."""
+    live = [parameter for reference in registry.masks.keyrefs() if (parameter := reference()) is not None]
+    return [(parameter, mask) for parameter in live if (mask := hidden_mask(parameter)) is not None]
 
 
 def exist() -> bool:
@@ -112,9 +119,12 @@ def touch() -> None:
 
 def note_use(used: tuple[HiddenMask, ...]) -> None:
     """Note that a graph is being called that computes gradients with these masks."""
-    registry.called.update(used)
     if not used:
         return
+    now = registry.ticks + 1
+    for mask in used:
+        if mask.used != now:
+            mask.used, mask.unheard = now, 0
     used[0].unheard += 1
     if used[0].unheard == UNHEARD_CALLS:
         warnings.warn(
@@ -127,20 +137,17 @@ def note_use(used: tuple[HiddenMask, ...]) -> None:
 
 
 def tick() -> int:
-    """Begin a new count of uses, and return its number: masks that were used since the last one have it in ``used``."""
-    registry.ticks += 1
-    for mask in registry.called:
-        mask.used = registry.ticks
-        mask.unheard = 0
-    registry.called.clear()
-    return registry.ticks
+    """End a count of uses, and return its number: masks that were used since the last one have it in ``used``."""
+    with _ticking:
+        registry.ticks += 1
+        return registry.ticks
 
 
 def untrained(plan: Plan) -> list[str]:
     """The names of the masked weights of one model that need a gradient and that no optimizer has trained."""
     return [
         mask.weight.name
-        for parameter, mask in list(registry.masks.items())
+        for parameter, mask in masked_parameters()
         if mask.plan is plan and parameter.requires_grad and not mask.trained
     ]
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hidden.compare import Mlp, one_line, options, without_inductor
+from threads import in_turns
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
@@ -34,6 +35,11 @@ def train(call: Callable[..., Tensor], *optimizers: Optimizer, steps: int = 10) 
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
+
+
+def masks_of(model: nn.Module) -> tuple[masks.HiddenMask, ...]:
+    one_line(model)(X)
+    return tuple(mask for _, _, mask in masks.hidden_masks(model))
 
 
 def test_a_masked_weight_that_no_optimizer_holds_is_named_once() -> None:
@@ -74,6 +80,37 @@ def test_accumulation_over_many_graphs_is_heard(monkeypatch: pytest.MonkeyPatch)
             sum(F.cross_entropy(block(X), Y) for block in model).backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def test_calls_of_several_graphs_are_counted_from_the_last_step_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where another graph is the first after it to use what a graph counts by."""
+    monkeypatch.setattr(masks, "UNHEARD_CALLS", 6)
+    first, second = masks_of(Mlp())[:2]
+    masks.tick()
+    for _ in range(3):
+        for _ in range(5):
+            masks.note_use((first, second))
+        masks.tick()
+        masks.note_use((second, first))
+    with pytest.warns(UserWarning, match="'0.weight' has been called 6 times"):
+        for _ in range(6):
+            masks.note_use((first, second))
+
+
+def test_threads_step_optimizers_of_their_own() -> None:
+    """A use counts for the next step of a thread and not for the one after it, whatever the others do."""
+    held = [masks_of(Mlp()) for _ in range(4)]
+
+    def work(number: int) -> None:
+        now = masks.tick()
+        for _ in range(2000):
+            masks.note_use(held[number])
+            last, now = now, masks.tick()
+            assert all(last < mask.used <= now for mask in held[number])
+            last, now = now, masks.tick()
+            assert all(mask.used <= last for mask in held[number])
+
+    in_turns(len(held), work)
 
 
 def test_two_optimizers_and_frozen_weights_are_no_reason_to_warn() -> None:
