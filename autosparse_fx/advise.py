@@ -15,7 +15,7 @@ from autosparse_fx.kernels.layers import Layer, layers
 from autosparse_fx.kernels.library import library
 from autosparse_fx.kernels.program import Buffer, Step, Window, assemble
 from autosparse_fx.kernels.timing import median_seconds
-from autosparse_fx.tables import text_table
+from autosparse_fx.tables import Row, Tabular
 
 SECONDS = 0.03  # for each kernel that is timed
 
@@ -51,8 +51,9 @@ class LayerAdvice:
 
 
 @dataclass(frozen=True)
-class Advice:
-    """The layers of a model, and what a forward pass of them takes; ``print`` it, or take :meth:`to_dict`."""
+class Advice(Tabular):
+    """The layers of a model, and what a forward pass of them takes; ``print`` it, take :meth:`to_dict`, or
+    see it as HTML in a notebook."""
 
     layers: tuple[LayerAdvice, ...]
     sparsities: tuple[float, ...]
@@ -74,9 +75,9 @@ class Advice:
             "layers": [asdict(layer) | {"pays_from": layer.pays_from} for layer in self.layers],
         }
 
-    def __str__(self) -> str:
+    def _table(self) -> tuple[Row, list[Row], list[Row]]:
         header = ["weight", "shape", "dense ms", *(f"{sparsity:.0%}" for sparsity in self.sparsities), "pays from"]
-        rows = []
+        rows: list[Row] = []
         for layer in self.layers:
             gains = [_times(layer.speedup(sparsity)) for sparsity in self.sparsities]
             time_taken = "" if layer.dense_ms is None else f"{layer.dense_ms:.3f}"
@@ -84,12 +85,13 @@ class Advice:
             rows.append([layer.name, "x".join(map(str, layer.shape)), time_taken, *gains, pays])
         total = sum(layer.dense_ms or 0 for layer in self.layers)
         gains = [_times(self.speedup(sparsity)) for sparsity in self.sparsities]
-        totals = [["these layers, each on the faster kernel", "", f"{total:.3f}", *gains, ""]]
-        note = (
+        return header, rows, [["these layers, each on the faster kernel", "", f"{total:.3f}", *gains, ""]]
+
+    def _notes(self) -> list[str]:
+        return [
             f"measured on this machine with {self.threads} threads, masks at random, each layer alone: a dense kernel "
             "in the dtype of the model, on channels-last images or tokens, over the sparse one, in float32"
-        )
-        return text_table(header, rows, totals) + f"\n{note}"
+        ]
 
 
 def _times(speedup: float | None) -> str:

@@ -176,6 +176,14 @@ class GradientAnnealing:
         self._replace_earlier()
         self._attach()
 
+    def __repr__(self) -> str:
+        weights = len(
+            {id(stored_weight(module, slot)) for _, module in self._masked() for slot in module._autosparse_slots}
+        )
+        target = "" if self._config.target_sparsity is None else f", target_sparsity={self._config.target_sparsity}"
+        steps = f"step {self._count} of {self.total_steps}"
+        return f"GradientAnnealing({steps}, alpha={self.alpha:.4g}{target}, {weights} weights)"
+
     @property
     def steps(self) -> int:
         """How many optimizer steps were counted."""

@@ -52,6 +52,12 @@ class History:
     numel: dict[str, int] = field(default_factory=dict)  # elements of each weight
     _columns: list[_Columns] = field(default_factory=list)
 
+    def __repr__(self) -> str:
+        steps = [columns.step for columns in self._columns]
+        if not steps:
+            return "History(no records)"
+        return f"History({len(self)} records, steps {min(steps)} to {max(steps)}, {len(self.numel)} weights)"
+
     def __len__(self) -> int:
         return len({columns.step for columns in self._columns})
 

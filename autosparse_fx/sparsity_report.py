@@ -1,12 +1,11 @@
 """SparsityReport: zeros, parameters and costs of a model, and how they are shown."""
 
-import html
 import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from autosparse_fx.history import History
-from autosparse_fx.tables import html_table, short, text_table
+from autosparse_fx.tables import Row, Tabular, short
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,7 +59,7 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
-class SparsityReport:
+class SparsityReport(Tabular):
     """Zeros and parameter counts per layer and in total, and what they save; ``print`` it, or take one of its forms:
     :meth:`to_dict`, :meth:`to_json`, :meth:`to_frame`, or HTML where a notebook shows it.
 
@@ -166,13 +165,7 @@ class SparsityReport:
             raise ImportError("to_frame needs the package pandas: pip install pandas") from error
         return pd.DataFrame([self._layer(layer) for layer in self.layers]).set_index("name")
 
-    def __str__(self) -> str:
-        return "\n".join([text_table(*self._table()), *self._notes()])
-
-    def _repr_html_(self) -> str:
-        return html_table(*self._table()) + "".join(f"<div>{html.escape(note)}</div>" for note in self._notes())
-
-    def _table(self) -> tuple[list[str], list[list[str]], list[list[str]]]:
+    def _table(self) -> tuple[Row, list[Row], list[Row]]:
         cost, unit = self.cost, UNITS[self.unit][0]
         header = ["weight", "shape", "numel", "zeros", "sparsity", "cut"]
         header += [] if cost is None else [f"dense {unit}", f"sparse {unit}", "share"]
@@ -186,7 +179,7 @@ class SparsityReport:
                 return ["", "", ""]
             return [short(part.dense), short(part.sparse), f"{part.sparse / cost.sparse:.1%}" if cost.sparse else ""]
 
-        rows = []
+        rows: list[Row] = []
         for layer in self.layers:
             rows.append(
                 [
@@ -204,7 +197,7 @@ class SparsityReport:
         listed = sum([layer.cost for layer in self.layers if layer.cost is not None], Cost(0, 0))
         numbers = [f"{self.numel:,}", f"{self.zeros:,}", f"{self.sparsity:.4f}"]
         which = "masked" if self._is_prepared else "these"
-        totals = [[f"all {which} weights", "", *numbers, "", *costs(listed)]]
+        totals: list[Row] = [[f"all {which} weights", "", *numbers, "", *costs(listed)]]
         totals += [[name, "", "", "", "", "", *costs(part)] for name, part in self.other_costs.items()]
         numbers = [f"{self.parameters:,}", f"{self.zeros:,}", f"{share:.4f}"]
         totals.append(["all parameters" if cost is None else "all", "", *numbers, "", *costs(cost)])

@@ -34,6 +34,23 @@ def html_table(header: Row, rows: Sequence[Row], totals: Sequence[Row] = (), lef
     return f"<table>{head}{body}{foot}</table>"
 
 
+class Tabular:
+    """What is shown as a table with notes below: printed as text, as HTML where a notebook shows it."""
+
+    def _table(self) -> tuple[Row, list[Row], list[Row]]:
+        """The header, the rows, and the totals."""
+        raise NotImplementedError
+
+    def _notes(self) -> list[str]:
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return "\n".join([text_table(*self._table()), *self._notes()])
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._table()) + "".join(f"<div>{html.escape(note)}</div>" for note in self._notes())
+
+
 def short(number: float, unit: str = "") -> str:
     """A count to four digits: ``8.178 G``."""
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):

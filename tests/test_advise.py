@@ -41,6 +41,8 @@ def test_times_every_layer_that_has_a_sparse_kernel() -> None:
     text = str(advice)
     assert "conv.weight" in text and "90%" in text and "transposed" in text and "measured on this machine" in text
     assert json.loads(json.dumps(advice.to_dict()))["threads"] == torch.get_num_threads()
+    page = advice._repr_html_()
+    assert page.count("<tr>") == 1 + 3 + 1 and ">conv.weight<" in page and "measured on this machine" in page
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -85,6 +85,17 @@ def test_values_are_those_of_the_definition(settings: dict[str, Any]) -> None:
     assert annealer.history.numel == {name: n for name, (_, n) in reference.zero_counts(model).items()}
 
 
+def test_history_and_annealer_are_shown_in_a_line() -> None:
+    _, annealer = trained(200, stop=7)
+    shown = f"GradientAnnealing(step 7 of 200, alpha={annealer.alpha:.4g}, target_sparsity=0.5, 3 weights)"
+    assert repr(annealer) == shown
+    assert repr(annealer.history) == "History(4 records, steps 1 to 6, 3 weights)"
+    assert repr(annealer.history) in repr(autosparse_fx.report(nn.Linear(2, 2), history=annealer.history))
+    assert repr(History()) == "History(no records)"
+    _, unsteered = trained(1, target_sparsity=None)
+    assert repr(unsteered) == "GradientAnnealing(step 1 of 1, alpha=0, 3 weights)"
+
+
 def test_latest_is_flat_and_of_plain_numbers() -> None:
     model, annealer = trained(7)
     latest = annealer.history.latest()

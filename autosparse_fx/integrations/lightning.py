@@ -92,6 +92,9 @@ class AutoSparseCallback(_Callback):
         self._is_as_saved = False  # whether the module was prepared for a test, as a checkpoint tells
         self._choosing = True  # whether ModelCheckpoint may look for the best model
 
+    def __repr__(self) -> str:
+        return self._run.described(submodule=self._submodule)
+
     @property
     def annealer(self) -> GradientAnnealing | None:
         return self._run.annealer

@@ -60,6 +60,11 @@ class SparseRun:
         self._finalized = False
         self._reached = False
 
+    def described(self, **others: object) -> str:
+        """How to make the callback, defaults left out."""
+        given = {"config": self.config, **others, "finalize": self.finalize, "total_steps": self.total_steps}
+        return f"AutoSparseCallback({', '.join(f'{name}={value!r}' for name, value in given.items() if value)})"
+
     def prepare(self, model: nn.Module) -> None:
         """Sparsify the model; one that was prepared before stays as it is.
 

@@ -62,6 +62,9 @@ class AutoSparseCallback(TrainerCallback, ExportableState):
     ) -> None:
         self._run = SparseRun(config, fields, total_steps=total_steps, finalize=finalize)
 
+    def __repr__(self) -> str:
+        return self._run.described()
+
     @property
     def annealer(self) -> GradientAnnealing | None:
         return self._run.annealer

@@ -320,6 +320,13 @@ def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], messag
         AutoSparseCallback(**arguments)
 
 
+def test_callback_is_shown_as_it_was_made() -> None:
+    config = AutoSparse(target_sparsity=0.9)
+    callback = AutoSparseCallback(config, submodule="model", finalize=True)
+    assert repr(callback) == f"AutoSparseCallback(config={config!r}, submodule='model', finalize=True)"
+    assert repr(AutoSparseCallback()) == "AutoSparseCallback()"
+
+
 def test_total_steps_of_any_whole_type_are_plain() -> None:
     assert type(AutoSparseCallback(total_steps=torch.tensor(40))._run.total_steps) is int
 

@@ -211,6 +211,11 @@ def test_trainings_that_are_refused(tmp_path: Path) -> None:
         AutoSparseCallback(sparsity=0.9)
 
 
+def test_callback_is_shown_as_it_was_made() -> None:
+    callback = AutoSparseCallback(target_sparsity=0.9, total_steps=40)
+    assert repr(callback) == f"AutoSparseCallback(config={AutoSparse(target_sparsity=0.9)!r}, total_steps=40)"
+
+
 def test_other_training_is_not_resumed(tmp_path: Path) -> None:
     save = {"save_strategy": "steps", "save_steps": 8, "save_only_model": True}
     trainer(gpt2(), tmp_path / "sparse", AutoSparseCallback(target_sparsity=0.9), **save, max_steps=8).train()
