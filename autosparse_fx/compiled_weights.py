@@ -45,7 +45,7 @@ class Compiled:
         zeros: dict[int, int] | None = None,
         moving: frozenset[int] = frozenset(),
     ) -> None:
-        self.function, self.arguments, self.rewrites = function, list(arguments), rewrites
+        self.arguments, self.rewrites = list(arguments), rewrites
         self.is_frozen, self.zeros, self.moving = is_frozen, zeros or {}, moving
         self._parameters = [number for number, tensor in enumerate(tensors) if isinstance(tensor, nn.Parameter)]
         constants = [number for number in range(len(tensors)) if number not in moving]
@@ -55,14 +55,26 @@ class Compiled:
         self._addresses = [versions[number][1] for number in self._watched]
         self._probes = _probes([tensors[number] for number in constants]) if is_frozen else []
         self._probed = list(map(_FIRST, self._probes))
-        self._gone: list[object] = []
+        self._functions = [function]
+        held = self._functions, self._probes
+
+        def let_go(_: object) -> None:
+            """Drop the constants, which are as large as the model, with the first tensor that is gone."""
+            for kept in held:  # and not self, which references to a method would make a cycle
+                kept.clear()
+
         # Their numbers are compared at every call, which takes less than looking at references; those only tell when a
         # number may have come to mean another tensor.
         self.ids = [id(tensors[number]) for number in self._own]
-        self._refs = {number: weakref.ref(tensors[number], self._gone.append) for number in self._own}
+        self._refs = {number: weakref.ref(tensors[number], let_go) for number in self._own}
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """For tensors that it fits, which are alive."""
+        return self._functions[0]
 
     def is_for(self, tensors: Sequence[Tensor]) -> bool:
-        return not self._gone and self.ids == list(map(id, map(tensors.__getitem__, self._own)))
+        return not self.is_dead and self.ids == list(map(id, map(tensors.__getitem__, self._own)))
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
         """Whether it is for these tensors, as they are now."""
@@ -93,7 +105,8 @@ class Compiled:
 
     @property
     def is_dead(self) -> bool:
-        return bool(self._gone)
+        """Whether one of the tensors is gone, and the function with it."""
+        return not self._functions
 
 
 def may_run_sparse(tensor: Tensor) -> bool:

@@ -337,6 +337,21 @@ def test_model_that_is_gone_is_not_kept(seen: Seen) -> None:
     assert weight() is None
 
 
+def test_constants_of_a_model_that_is_gone_are_freed_at_once(seen: Seen) -> None:
+    """And those of another that shares its graph are not, nor is that compiled again."""
+    gone, kept = made(), made()
+    fast, other = compiled(gone), compiled(kept)
+    check(fast, gone, X)
+    check(other, kept, X)
+    first, second = map(weakref.ref, seen.graphs)
+    seen.graphs.clear()
+    del gone, fast
+    gc.collect()
+    assert first() is None and second() is not None
+    check(other, kept, X)
+    assert seen.compilations == 0 and seen.programs == 3
+
+
 # Threads.
 
 
