@@ -8,7 +8,7 @@ that eager code, Dynamo, export and make_fx all see one ``threshold_mask`` node,
 """
 
 import copyreg
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -137,7 +137,7 @@ def _logit(module: MaskedModule, slot: Slot, threshold: Tensor, offset: Tensor) 
 
 
 def masked_weight(module: MaskedModule, slot: Slot) -> Tensor:
-    """Return what ``module.<name>`` reads: the masked weight, or the parameter itmodule where it must be dense."""
+    """Return what ``module.<name>`` reads: the masked weight, or the parameter itself where it must be dense."""
     weight = stored_weight(module, slot)
     if (
         module._parameters.get(slot.threshold) is None
@@ -205,6 +205,34 @@ class _MaskedRNN(MaskedModule):
         pass  # it would flatten the masked copies
 
 
+class _MaskedList(MaskedModule):
+    """A ``ParameterList``, which would make parameters of their own of the masked weights in a slice of it."""
+
+    def __getitem__(self, key: Any) -> Any:
+        if not isinstance(key, slice):
+            return super().__getitem__(key)  # type: ignore[misc]
+        values = [self[i] for i in range(*key.indices(len(self)))]  # type: ignore[arg-type]
+        return super().__getitem__(key) if _are_stored(values) else values  # type: ignore[misc]
+
+
+class _MaskedDict(MaskedModule):
+    """A ``ParameterDict``, which would make such of the masked weights in a copy of it."""
+
+    def copy(self) -> Any:
+        values = dict(self.items())  # type: ignore[operator]
+        return super().copy() if _are_stored(values.values()) else values  # type: ignore[misc]
+
+    def __or__(self, other: Any) -> Any:
+        return {**self.copy(), **other}
+
+    def __ror__(self, other: Any) -> Any:
+        return {**other, **self.copy()}
+
+
+def _are_stored(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, nn.Parameter) or not isinstance(value, Tensor) for value in values)
+
+
 class _MaskedGraph(MaskedModule):
     """A GraphModule that holds masked weights itself."""
 
@@ -219,6 +247,14 @@ class _MaskedGraph(MaskedModule):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         refuse_copy(self)
+
+
+_KINDS: dict[type[nn.Module], type[MaskedModule]] = {
+    nn.RNNBase: _MaskedRNN,
+    nn.ParameterList: _MaskedList,
+    nn.ParameterDict: _MaskedDict,
+    GraphModule: _MaskedGraph,
+}
 
 
 def _property(slot: Slot) -> property:
@@ -254,8 +290,7 @@ def masked_class(base: type[nn.Module], slots: tuple[Slot, ...], scale: float) -
 def _make_masked_class(base: type[nn.Module], slots: tuple[Slot, ...], scale: float) -> type[MaskedModule]:
     mixin = MaskedModule
     if slots:
-        special = (kind for of, kind in ((nn.RNNBase, _MaskedRNN), (GraphModule, _MaskedGraph)) if issubclass(base, of))
-        mixin = next(special, MaskedModule)
+        mixin = next((kind for of, kind in _KINDS.items() if issubclass(base, of)), MaskedModule)
     namespace: dict[str, Any] = {slot.name: _property(slot) for slot in slots}
     namespace |= {
         "__module__": base.__module__,
