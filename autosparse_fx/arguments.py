@@ -1,8 +1,10 @@
 """What the arguments of the public functions must be, said in the same words by all of them."""
 
+import difflib
 import math
 import numbers
 import operator
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -41,6 +43,16 @@ def whole_steps(value: object, name: str) -> int:
 def is_fraction(value: object) -> bool:
     """Whether it is a number in [0, 1]."""
     return isinstance(value, numbers.Real) and 0 <= float(value) <= 1
+
+
+def unknown_names(names: Iterable[object], known: Iterable[str]) -> str:
+    """Names that nothing is known by, each with those that it may be a slip of."""
+    known = list(known)
+    shown = []
+    for name in names:
+        close = difflib.get_close_matches(str(name), known)
+        shown.append(f"{name!r} (do you mean {', '.join(map(repr, close))}?)" if close else repr(name))
+    return ", ".join(shown)
 
 
 def _shown(value: object) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from autosparse_fx.arguments import unknown_names
 from autosparse_fx.decay import DECAYS
 
 __all__ = ["AutoSparse"]
@@ -93,10 +94,11 @@ class AutoSparse:
         self._check_number("alpha", lambda x: 0 <= x <= 1, "a number in [0, 1]")
         self._check_choice("decay", tuple(DECAYS))
         self._check_number("alpha_end", lambda x: 0 < x <= 1, "a fraction in (0, 1]")
+        logit = 'a finite logit, or "auto"'
         if isinstance(self.threshold_init, str):
-            self._check_choice("threshold_init", ("auto",), " or a finite logit")
+            self._check_choice("threshold_init", ("auto",), logit)
         else:
-            self._check_number("threshold_init", math.isfinite, 'a finite logit, or "auto"')
+            self._check_number("threshold_init", math.isfinite, logit)
         self._check_number("threshold_scale", lambda x: 0 < x < math.inf, "a positive finite number")
         self._check_choice("granularity", GRANULARITIES)
         self._check_number("ramp_end", lambda x: 0 < x <= 1, "a fraction in (0, 1]")
@@ -121,12 +123,11 @@ class AutoSparse:
         if not accepts(number):
             raise ValueError(f"AutoSparse.{name} must be {what}, got {value!r}")
 
-    def _check_choice(self, name: str, choices: tuple[str, ...], otherwise: str = "") -> None:
+    def _check_choice(self, name: str, choices: tuple[str, ...], what: str = "") -> None:
         value = getattr(self, name)
         if value not in choices:
-            raise ValueError(
-                f"AutoSparse.{name} must be one of {', '.join(map(repr, choices))}{otherwise}, got {value!r}"
-            )
+            what = what or f"one of {', '.join(map(repr, choices))}"
+            raise ValueError(f"AutoSparse.{name} must be {what}, got {value!r}")
 
     def _as_rule(self, pattern: object, rule: object) -> "AutoSparse | None":
         """The complete configuration of the weights that ``pattern`` matches."""
@@ -145,7 +146,7 @@ class AutoSparse:
             foreign = [name for name in rule if name not in RULE_FIELDS]
             if foreign:
                 raise ValueError(
-                    f"AutoSparse.rules[{pattern!r}] sets {', '.join(map(repr, foreign))}; "
+                    f"AutoSparse.rules[{pattern!r}] sets {unknown_names(foreign, RULE_FIELDS)}; "
                     f"a rule may set {', '.join(RULE_FIELDS)}"
                 )
             inherited = {name: getattr(self, name) for name in RULE_FIELDS}
@@ -194,7 +195,7 @@ class AutoSparse:
         unknown = [key for key in values if key not in known]
         if unknown:
             raise ValueError(
-                f"AutoSparse has no field {', '.join(map(repr, unknown))}; its fields are {', '.join(known)}"
+                f"AutoSparse has no field {unknown_names(unknown, known)}; its fields are {', '.join(known)}"
             )
         return cls(**values)
 
@@ -204,6 +205,16 @@ def _rule_of(pattern: str, values: dict[str, Any]) -> AutoSparse:
         return AutoSparse(**values)
     except (TypeError, ValueError) as error:
         raise type(error)(f"AutoSparse.rules[{pattern!r}]: {error}") from error
+
+
+def check_config(config: object, function: str) -> None:
+    """Raise a TypeError that names the function, where its configuration is none."""
+    if isinstance(config, AutoSparse):
+        return
+    is_number = isinstance(config, numbers.Real) and not isinstance(config, bool)
+    cure = f": pass AutoSparse(target_sparsity={config!r})" if is_number else ""
+    cure = ": pass AutoSparse(**config)" if isinstance(config, Mapping) else cure
+    raise TypeError(f"{function} takes an AutoSparse as its configuration, got {type(config).__name__}{cure}")
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from autosparse_fx._compat import inductor
-from autosparse_fx.arguments import check_bool, whole_steps
+from autosparse_fx.arguments import check_bool, unknown_names, whole_steps
 from autosparse_fx.config import AutoSparse
 from autosparse_fx.hidden.masks import Request
 
 # The options that ask for a model that was never prepared to be made sparse.
 ONE_LINE_OPTIONS = ("total_steps", *(f.name for f in dataclasses.fields(AutoSparse)))
+_OPTIONS = ("mode", "recompute_masks", *ONE_LINE_OPTIONS)
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
     for name in given:
         if name not in known:
             raise ValueError(
-                f"backend 'autosparse' has no option {name!r}: it takes 'mode', 'recompute_masks', "
-                f"{', '.join(map(repr, ONE_LINE_OPTIONS))}, and the options of Inductor, as listed by "
+                f"backend 'autosparse' has no option {unknown_names([name], [*_OPTIONS, *known])}: it takes "
+                f"{', '.join(map(repr, _OPTIONS))}, and the options of Inductor, as listed by "
                 "torch._inductor.list_options()"
             )
     patches = inductor.inductor_mode_options(mode) if mode and mode != "default" else {}

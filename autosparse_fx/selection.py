@@ -1,12 +1,15 @@
 """Which parameters of a model are masked, and why the others are not."""
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from autosparse_fx._compat.eager import ConvNd, ConvTransposeNd, is_managed_by_fsdp
+from autosparse_fx.arguments import unknown_names
 from autosparse_fx.config import AutoSparse, matches
 from autosparse_fx.dtensors import is_dtensor
 from autosparse_fx.plan import Slot
@@ -95,7 +98,7 @@ def select(model: nn.Module, config: AutoSparse, used: dict[int, int] | None = N
     for given, found in matched.items():
         if not found:
             names = ", ".join(c.name for c in candidates if c.axis is not None) or "none"
-            raise ValueError(f"AutoSparse.rules: {given!r} matches no parameter of the model; its weights are {names}")
+            raise ValueError(f"AutoSparse.rules: {unmatched(given, candidates)}; its weights are {names}")
     for candidate in candidates:
         axis = candidate.axis
         if axis is None and used is not None and owner(candidate) is None:
@@ -125,6 +128,15 @@ def select(model: nn.Module, config: AutoSparse, used: dict[int, int] | None = N
             + ". If its own code multiplies by them, pass example_inputs to sparsify"
         )
     return selection
+
+
+def unmatched(pattern: str, candidates: Iterable[Candidate]) -> str:
+    """That a pattern matches no parameter, and what may have been meant."""
+    names = [name for candidate in candidates for name in candidate.names]
+    if any(name.startswith(f"{pattern}.") for name in names):
+        return f"{pattern!r} matches no parameter of the model: {pattern!r} is a module: write '{pattern}.*'"
+    modules = {f"{prefix}.*": None for name in names for prefix in accumulate(name.split(".")[:-1], "{}.{}".format)}
+    return f"{unknown_names([pattern], [*names, *modules])} matches no parameter of the model"
 
 
 def is_maskable(dtype: torch.dtype) -> bool:

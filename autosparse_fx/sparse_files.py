@@ -169,6 +169,9 @@ def _storable(name: object, value: object) -> Tensor:
     entry = f"entry {name!r} of the state dict"
     if not isinstance(name, str):
         raise SparseFileError(f"{entry} is not named by a string")
+    is_extra = name.endswith("_extra_state")  # what modules return of their own
+    if isinstance(value, Mapping) and not is_extra and any(isinstance(inner, Tensor) for inner in value.values()):
+        raise SparseFileError(f"{entry} is itself a dict of tensors: pass checkpoint[{name!r}] of a whole checkpoint")
     if not isinstance(value, Tensor):
         raise SparseFileError(
             f"{entry} is of type {type(value).__name__}, and only tensors are stored: leave it out, and save it in a "

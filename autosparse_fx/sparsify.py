@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from autosparse_fx._compat import eager
 from autosparse_fx.arguments import check_bool, check_module
 from autosparse_fx.attach import attach, detach, detach_weight, masked_modules, remask
-from autosparse_fx.config import AutoSparse
+from autosparse_fx.config import AutoSparse, check_config
 from autosparse_fx.consistency import is_masked, refuse_broken_ties
 from autosparse_fx.dtensors import placed_like
 from autosparse_fx.hidden.masks import all_masked_modules, hidden_mask, hidden_masks, release
@@ -70,8 +70,7 @@ def sparsify(
     hidden = list(hidden_masks(model))
     if config is None:
         config = hidden[0][2].request.config if hidden else AutoSparse()
-    if not isinstance(config, AutoSparse):
-        raise TypeError(f"sparsify takes an autosparse_fx.AutoSparse as its configuration, got {type(config).__name__}")
+    check_config(config, "sparsify")
     refuse_wrappers(model)
     _refuse_ddp(model)
     prepared = [(name, module) for name, module in masked_modules(model) if module._autosparse_slots]

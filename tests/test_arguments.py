@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import autosparse_fx
+from autosparse_fx.arguments import unknown_names
 
 X = torch.ones(2, 8)
 OF_A_MODEL: dict[str, Callable[[Any, Path], object]] = {
@@ -52,3 +53,11 @@ def test_wrappers_are_modules(name: str, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(8, 8))
     OF_A_MODEL[name](model, tmp_path)
     OF_A_MODEL[name](torch.compile(autosparse_fx.sparsify(model), backend="eager"), tmp_path)
+
+
+def test_unknown_names_are_shown_with_what_they_may_be_a_slip_of() -> None:
+    known = ["target_sparsity", "alpha", "alpha_end"]
+    assert unknown_names(["target_sparisty", "x", 3], known) == (
+        "'target_sparisty' (do you mean 'target_sparsity'?), 'x', 3"
+    )
+    assert unknown_names(["alpha_edn"], known) == "'alpha_edn' (do you mean 'alpha_end', 'alpha'?)"

@@ -118,6 +118,7 @@ def test_a_value_out_of_range_is_refused_by_field_and_value(field: str, value: A
     with pytest.raises(ValueError) as error:
         AutoSparse(**{field: value})
     assert f"AutoSparse.{field} " in str(error.value)
+    assert ("must be one of" in str(error.value)) == (field in ("decay", "granularity"))
     assert repr(value) in str(error.value)
 
 
@@ -287,7 +288,7 @@ def test_a_rule_that_sets_what_belongs_to_the_whole_model_is_refused(field: str,
 
 
 def test_a_rule_with_an_unknown_field_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"'fc\.\*'.*'sparsity'"):
+    with pytest.raises(ValueError, match=r"'fc\.\*'.*'sparsity' \(do you mean 'target_sparsity'"):
         AutoSparse(rules={"fc.*": {"sparsity": 0.5}})
 
 

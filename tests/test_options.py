@@ -137,6 +137,15 @@ def test_unknown_option(name: str) -> None:
         assert known in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("target_sparisty", "target_sparsity"), ("totalsteps", "total_steps"), ("max_autotun", "max_autotune")],
+)
+def test_unknown_option_says_what_may_be_meant(name: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=rf"has no option '{name}' \(do you mean '{meant}'"):
+        parse_options(None, {"total_steps": 5, name: 1})
+
+
 @pytest.mark.parametrize("name", FIELDS)
 def test_total_steps_is_missing(name: str) -> None:
     with pytest.raises(ValueError, match=rf"option '{name}'.*also needs 'total_steps'"):

@@ -292,6 +292,7 @@ def test_other_programs_read_it(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
+    "checkpoint": ({"w": torch.ones(3)}, r"is itself a dict of tensors: pass checkpoint\['my.name'\]"),
     "extra state": ({"at": 3}, "is of type dict, and only tensors are stored: leave it out"),
     "number": (3, "is of type int"),
     "none": (None, "is of type NoneType"),
@@ -321,6 +322,8 @@ def test_other_arguments_are_refused(tmp_path: Path) -> None:
         save_sparse([torch.ones(3)], tmp_path / "a")  # type: ignore[arg-type]
     with pytest.raises(SparseFileError, match="entry 3 of the state dict is not named by a string"):
         save_sparse({3: torch.ones(3)}, tmp_path / "a")  # type: ignore[dict-item]
+    with pytest.raises(SparseFileError, match="_extra_state' .* is of type dict, and only tensors are stored: leave"):
+        save_sparse({"m._extra_state": {"scale": torch.ones(3)}}, tmp_path / "a")  # type: ignore[dict-item]
     with pytest.raises(FileNotFoundError, match="make it first"):
         save_sparse({}, tmp_path / "missing" / "a")
     state: Any = OrderedDict(w=torch.ones(3))

@@ -244,6 +244,21 @@ def test_rule_that_matches_nothing_is_refused(pattern: str) -> None:
     assert repr(pattern) in str(error.value) and "block.1.0.weight" in str(error.value)
 
 
+def test_rule_that_matches_nothing_says_what_may_be_meant() -> None:
+    model = model_with_blocks()
+    for pattern, words in (
+        ("block", r"'block' matches no parameter of the model: 'block' is a module: write 'block\.\*';"),
+        ("block.1", r"write 'block\.1\.\*';"),
+        ("fc.weigth", r"'fc\.weigth' \(do you mean 'fc\.weight'"),
+        ("module.stem.weight", r"do you mean 'stem\.weight'"),
+        ("blokc.*", r"do you mean 'block\.\*'"),
+        ("nothing", r"'nothing' matches no parameter of the model; its weights are"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            sparsify(model, AutoSparse(rules={pattern: None}))
+    sparsify(model, AutoSparse(rules={"block.*": None}))
+
+
 def test_rule_that_configures_only_dense_parameters_is_refused() -> None:
     model = Vision()
     with unchanged(model), pytest.raises(ValueError, match=r"'norm\.weight'.*normalization"):

@@ -204,10 +204,18 @@ def test_what_is_not_a_module_is_refused(model: Any) -> None:
         sparsify(model)
 
 
-@pytest.mark.parametrize("config", [0.9, {"target_sparsity": 0.9}, AutoSparse])
-def test_what_is_not_a_config_is_refused(config: Any) -> None:
+@pytest.mark.parametrize(
+    ("config", "got"),
+    [
+        (0.9, r"float: pass AutoSparse\(target_sparsity=0\.9\)"),
+        ({"target_sparsity": 0.9}, r"dict: pass AutoSparse\(\*\*config\)"),
+        (AutoSparse, "type"),
+        ("0.9", "str"),
+    ],
+)
+def test_what_is_not_a_config_is_refused(config: Any, got: str) -> None:
     model = reference.mlp()
-    with unchanged(model), pytest.raises(TypeError, match="AutoSparse"):
+    with unchanged(model), pytest.raises(TypeError, match=f"^sparsify takes an AutoSparse .*, got {got}$"):
         sparsify(model, config)
 
 

@@ -6,7 +6,7 @@ from functools import cached_property
 
 import sympy
 
-from autosparse_fx.arguments import is_fraction
+from autosparse_fx.arguments import is_fraction, unknown_names
 from autosparse_fx.flops.product import Product, size_symbol, sparsity_symbol
 
 
@@ -89,7 +89,7 @@ class ModelFlops:
         strangers = [name for name in known if name not in self.weights]
         if strangers:
             raise ValueError(
-                f"the model does not multiply by {', '.join(map(repr, strangers[:3]))}; its weights are "
+                f"the model does not multiply by {unknown_names(strangers[:3], self.weights)}; its weights are "
                 f"{', '.join(self.weights[:5])}{', ...' if len(self.weights) > 5 else ''}"
             )
         for name, value in known.items():

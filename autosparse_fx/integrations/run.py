@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 
 from autosparse_fx._compat import eager
 from autosparse_fx.annealing import GradientAnnealing
-from autosparse_fx.arguments import check_bool, whole_steps
+from autosparse_fx.arguments import check_bool, unknown_names, whole_steps
 from autosparse_fx.attach import masked_modules
-from autosparse_fx.config import AutoSparse
+from autosparse_fx.config import AutoSparse, check_config
 from autosparse_fx.masked_state import stored_weight
 from autosparse_fx.report import group_sparsities, sparsity
 from autosparse_fx.sparsify import finalize, sparsify
@@ -41,11 +41,11 @@ class SparseRun:
         unknown = [name for name in fields if name not in known]
         if unknown:
             raise TypeError(
-                f"AutoSparseCallback has no argument {', '.join(map(repr, unknown))}; beside its own it takes the "
+                f"AutoSparseCallback has no argument {unknown_names(unknown, known)}; beside its own it takes the "
                 f"fields of AutoSparse: {', '.join(known)}"
             )
-        if config is not None and not isinstance(config, AutoSparse):
-            raise TypeError(f"AutoSparseCallback takes an AutoSparse as its configuration, got {type(config).__name__}")
+        if config is not None:
+            check_config(config, "AutoSparseCallback")
         if config is not None and fields:
             raise TypeError(
                 f"AutoSparseCallback got a configuration and {', '.join(map(repr, fields))} too: set these in the "

@@ -70,7 +70,7 @@ def test_evaluate_with_sizes() -> None:
 def test_a_sparsity_of_no_weight_is_an_error() -> None:
     """A name that is misspelt, or of another model, would count a sparse model as dense."""
     flops = count_flops(two(), X)
-    with pytest.raises(ValueError, match=r"0\.wieght"):
+    with pytest.raises(ValueError, match=r"by '0\.wieght' \(do you mean '0\.weight'"):
         flops.evaluate(flops.sparse.forward, {"0.wieght": 0.5})
 
 
