@@ -322,7 +322,7 @@ def test_other_arguments_are_refused(tmp_path: Path) -> None:
         save_sparse([torch.ones(3)], tmp_path / "a")  # type: ignore[arg-type]
     with pytest.raises(SparseFileError, match="entry 3 of the state dict is not named by a string"):
         save_sparse({3: torch.ones(3)}, tmp_path / "a")  # type: ignore[dict-item]
-    with pytest.raises(SparseFileError, match="_extra_state' .* is of type dict, and only tensors are stored: leave"):
+    with pytest.raises(SparseFileError, match=r"_extra_state' .* is of type dict, and only tensors are stored: leave"):
         save_sparse({"m._extra_state": {"scale": torch.ones(3)}}, tmp_path / "a")  # type: ignore[dict-item]
     with pytest.raises(FileNotFoundError, match="make it first"):
         save_sparse({}, tmp_path / "missing" / "a")

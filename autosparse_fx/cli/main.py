@@ -15,7 +15,8 @@ MODEL is one of
   run.pt                    a checkpoint of examples/train_image_classifier.py, of a torchvision model
 
 --weights FILE puts saved weights into it: the state_dict of a dense, sparse or finalized model, or a checkpoint of
-the example. Files are read with torch.load(weights_only=True): no code in them is ever run.
+the example. Files of torch.save are read with weights_only=True, and .safetensors files, those of save_sparse among
+them, hold nothing but tensors: no code in a file is ever run.
 
 --input gives the arguments of one call, as shapes: 1x3x224x224, or 1x128:int64 for token ids (zeros). Torchvision
 models need none.

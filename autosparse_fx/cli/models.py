@@ -40,7 +40,7 @@ def make_model(name: str, weights: Path | None, inputs: Sequence[str] | None) ->
 
 
 def _is_file(name: str) -> bool:
-    return Path(name).suffix in (".pt", ".pth", ".bin", ".ckpt") or Path(name).is_file()
+    return Path(name).suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors") or Path(name).is_file()
 
 
 def _imported(name: str) -> nn.Module:

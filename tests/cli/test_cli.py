@@ -176,6 +176,7 @@ def test_gradient_annealing_is_in_the_backward_graph_of_sparse_weights(
     [
         (("report", "resnet_50"), "no model of torchvision.models"),
         (("report", "nosuch.pt"), "there is no file 'nosuch.pt'"),
+        (("report", "nosuch.safetensors"), "there is no file 'nosuch.safetensors'"),
         (("report", "nosuch:make", "--input", "1"), "cannot import 'nosuch'"),
         (("report", "my_models:nosuch", "--input", "1"), "module 'my_models' has no 'nosuch'"),
         (("report", "my_models:make"), "say with --input what my_models:make takes"),
@@ -184,7 +185,7 @@ def test_gradient_annealing_is_in_the_backward_graph_of_sparse_weights(
         (("report", "my_models:make", "--input", "3x4:float99"), "is no shape such as"),
         (("report", "my_models:make", "--input", "3x5"), "could not be run on the example_inputs"),
         (("report", "my_models:make", "--input", "3x4", "--weights", "nosuch.pt"), "there is no file"),
-        (("flops", "my_models:make", "--input", "3x4", "--sparsity", "1.5"), "must be a fraction in [0, 1], got 1.5"),
+        (("flops", "my_models:make", "--input", "3x4", "--sparsity", "1.5"), "'0.weight' must be a fraction in [0, 1], got 1.5"),
         (("flops", "my_models:make", "--input", "3x4", "--sparsity", "no.json"), "No such file"),
         (("flops", "my_models:make", "--input", "3x4", "--dynamic", "batch"), "is no name of a dimension"),
         (("flops", "my_models:make", "--input", "3x4", "--dynamic", "width=1"), "Sequential fixes 'width'"),
@@ -247,7 +248,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
             main(arguments)
         assert caught.value.code == 0
         out = capsys.readouterr().out
-        assert "package.module:callable" in out and "weights_only=True" in out
+        assert "package.module:callable" in out and "weights_only=True" in out and ".safetensors" in out
 
 
 def test_as_a_program() -> None:
