@@ -50,7 +50,7 @@ def run_passes(gm: GraphModule, passes: Sequence[Pass], stage: str) -> dict[str,
     Returns:
         The number of changes that each made, by name.
     """
-    compilation = _compilation(gm, stage)
+    compilation = _compilation(stage)
     compilation.versions.append(GraphVersion(stage, "captured", 0, _copy(gm.graph)))
     counts: dict[str, int] = {}
     for graph_pass in passes:
@@ -69,9 +69,12 @@ def run_passes(gm: GraphModule, passes: Sequence[Pass], stage: str) -> dict[str,
     return counts
 
 
-def _compilation(gm: GraphModule, stage: str) -> Compilation:
+def _compilation(stage: str) -> Compilation:
+    """The one that is under way; what Dynamo does not name, as weights that are compiled anew, tells itself apart by
+    going through a stage again."""
     compile_id = dynamo.current_compile_id()
-    if stage == "dynamo" or not compilations or compilations[-1].id != compile_id:
+    last = compilations[-1] if compilations else None
+    if last is None or last.id != compile_id or any(version.stage == stage for version in last.versions):
         compilations.append(Compilation(compile_id))
     return compilations[-1]
 

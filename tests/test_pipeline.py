@@ -235,6 +235,19 @@ def test_memory_is_bounded() -> None:
     assert next(iter(pipeline.compilations[-1].versions[0].graph.nodes)).name == f"x{limit + 2}"
 
 
+def test_compilations_that_dynamo_does_not_name_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights of a served model that change, and whatever else is compiled outside of Dynamo."""
+    stages = ("inference", "joint", "inference", "joint", "joint")
+    for stage in stages:
+        run_passes(graph_of("x"), [], stage)
+    found = [(id_, [stage for stage, _, _ in made]) for id_, made in versions()]
+    assert found == [("", ["inference", "joint"]), ("", ["inference", "joint"]), ("", ["joint"])]
+    monkeypatch.setattr("autosparse_fx._compat.dynamo.current_compile_id", lambda: "0/0")
+    for stage in ("dynamo", "inference", "joint"):
+        run_passes(graph_of("x"), [], stage)
+    assert [stage for stage, _, _ in versions()[-1][1]] == ["dynamo", "inference", "joint"]
+
+
 def real_tensors(value: Any, seen: set[int]) -> list[Tensor]:
     """The tensors with data that a value leads to, through containers."""
     if id(value) in seen:
