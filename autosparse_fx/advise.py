@@ -107,7 +107,8 @@ def advise(
     """Time the layers of ``model`` on this machine's CPU, dense and at each sparsity, whatever the weights are now.
 
     Args:
-        model: any module; it runs once in evaluation mode, without gradients, and is left as it was.
+        model: any module; it runs once in evaluation mode, without gradients, and is left as it was, with the random
+            state.
         example_inputs: the arguments of one call (a tensor, a tuple, or a dict of keyword arguments), of the batch size
             and the image size to advise for.
         sparsities: fractions of zeros in [0, 1).
@@ -152,12 +153,12 @@ def _checked(sparsities: object) -> tuple[float, ...]:
 
 
 def _time_dense(layer: Layer) -> float:
-    weight, bias = torch.randn(layer.shape, dtype=layer.dtype), torch.zeros(layer.shape[0], dtype=layer.dtype)
+    weight, bias = _random(layer.shape, layer.dtype), torch.zeros(layer.shape[0], dtype=layer.dtype)
     if layer.window is None:
-        x = torch.randn(layer.columns, layer.shape[1], dtype=layer.dtype)
+        x = _random((layer.columns, layer.shape[1]), layer.dtype)
         return _milliseconds(lambda: F.linear(x, weight, bias))
     window = layer.window
-    x = torch.randn(layer.units, layer.shape[1] * layer.groups, *window.in_size, dtype=layer.dtype)
+    x = _random((layer.units, layer.shape[1] * layer.groups, *window.in_size), layer.dtype)
     x = x.contiguous(memory_format=torch.channels_last)
     return _milliseconds(
         cpu.constant_convolution(x, weight, bias, window.stride, window.padding, window.dilation, layer.groups)
@@ -165,8 +166,8 @@ def _time_dense(layer: Layer) -> float:
 
 
 def _time_sparse(layer: Layer, sparsity: float) -> float:
-    weight = torch.randn(layer.shape, dtype=torch.float32)
-    weight *= torch.rand(layer.shape) >= sparsity
+    weight = _random(layer.shape)
+    weight *= torch.rand(layer.shape, generator=torch.Generator()) >= sparsity
     rows, channels = layer.shape[0], layer.shape[1] * layer.groups
     is_tokens = layer.window is None
     window = layer.window or Window((1, 1), (1, 1))
@@ -183,8 +184,13 @@ def _time_sparse(layer: Layer, sparsity: float) -> float:
         if is_tokens
         else ((layer.units, channels, pixels), (layer.units, rows, layer.columns))
     )
-    x, y = (torch.randn(shape, dtype=torch.float32) for shape in shapes)
+    x, y = map(_random, shapes)
     return _milliseconds(lambda: kernels.run(program, [x], [y]))
+
+
+def _random(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """The same at every call, and no change of the random state."""
+    return torch.randn(shape, dtype=dtype, generator=torch.Generator())
 
 
 def _milliseconds(function: Callable[[], Any]) -> float:

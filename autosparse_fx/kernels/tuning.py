@@ -98,7 +98,8 @@ class _Clock:
         buffers = sorted((b for b in task.buffers if b.kind == kind), key=lambda b: b.index)
         columns = [[] if task.is_tokens else [b.columns] for b in buffers]
         shapes = [(task.batch, b.channels, *size) for b, size in zip(buffers, columns, strict=True)]
-        return [torch.randn(shape, dtype=torch.float32) for shape in shapes]
+        generator = torch.Generator()  # of its own: only the first run on a machine measures, and all draw the same
+        return [torch.randn(shape, dtype=torch.float32, generator=generator) for shape in shapes]
 
     def seconds(self, program: Program) -> Tensor:
         """What each step takes, float64 ``[steps]``: the medians of several runs."""

@@ -69,8 +69,9 @@ def test_every_step_is_timed() -> None:
 
 def test_what_was_measured_is_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(inductor, "inductor_cache_dir", lambda: tmp_path)
-    work = task(net(False), batch=4)
+    work, random = task(net(False), batch=4), torch.get_rng_state()
     found = tuned_layouts(work, library())
+    assert torch.equal(torch.get_rng_state(), random)  # as where it is remembered
     assert len(found) == len(work.steps) and all(isinstance(layout, Layout) for layout in found)
 
     def again(*_: object) -> list[Layout]:
