@@ -10,37 +10,58 @@ aten = torch.ops.aten
 
 
 def keep_formats(gm: GraphModule) -> int:
-    """Copy every computed output to the memory format that it has been traced with.
+    """Copy what is computed for an output to the memory format that it has been traced with.
 
     What calls the graph may rely on it, as a ``view`` does, and sparse kernels give images back channel by channel.
-    Inductor drops the copies that change nothing.
+    Where an output is a view, as a slice is, its copy is what it is a view of. Inductor drops the copies that change
+    nothing.
 
     Returns:
-        The number of outputs that are copied.
+        The number of outputs that are copied, or are views of copies.
     """
     output = gm.graph.output_node()
-    copied = 0
+    copies: dict[Node, Node] = {}
+    kept = 0
     for node in output.all_input_nodes:
-        wanted = _format(node)
+        source, *views = _views(node)
+        wanted = _format(source)
         if wanted is None:
             continue
+        if source not in copies:
+            with gm.graph.inserting_after(source):
+                copy = gm.graph.call_function(aten.clone.default, (source,), {"memory_format": wanted})
+            copy.meta.update(source.meta)
+            copies[source] = copy
         with gm.graph.inserting_before(output):
-            copy = gm.graph.call_function(aten.clone.default, (node,), {"memory_format": wanted})
-        copy.meta.update(node.meta)
-        output.replace_input_with(node, copy)
-        copied += 1
-    if copied:
+            for view in views:
+                if view not in copies:
+                    copies[view] = gm.graph.node_copy(view, lambda given: copies.get(given, given))
+        output.replace_input_with(node, copies[node])
+        kept += 1
+    if kept:
+        gm.graph.eliminate_dead_code()
         gm.recompile()
-    return copied
+    return kept
 
 
-def _format(node: Node) -> torch.memory_format | None:
-    """The format of an output that a pass may change; None where it lies in the memory of an input."""
-    source = node
-    while getattr(source.target, "is_view", False) or source.target is operator.getitem:
-        source = source.all_input_nodes[0]
-    value = node.meta.get("val")
-    is_copy = node.target is aten.clone.default and "memory_format" in node.kwargs
+def _views(node: Node) -> list[Node]:
+    """What an output is a view of, and the views that lead from there to it."""
+    chain = [node]
+    while _is_view(chain[0]):
+        chain.insert(0, chain[0].all_input_nodes[0])
+    return chain
+
+
+def _is_view(node: Node) -> bool:
+    if node.target is operator.getitem:
+        return _is_view(node.all_input_nodes[0])
+    return getattr(node.target, "is_view", False)
+
+
+def _format(source: Node) -> torch.memory_format | None:
+    """The format of a tensor that a pass may change; None for an input."""
+    value = source.meta.get("val")
+    is_copy = source.target is aten.clone.default and "memory_format" in source.kwargs
     if source.op != "call_function" or not isinstance(value, Tensor) or is_copy:
         return None
     if value.is_contiguous():

@@ -1,12 +1,17 @@
 """Private parts of AOTAutograd: the graphs that it makes of Dynamo's."""
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch import Tensor
+from torch.fx import GraphModule, Node
 
 from autosparse_fx._compat.dynamo_graphs import FakeTensor, copy_dynamo_graph, copy_graph_module, graph_inputs
+from autosparse_fx._compat.eager import OpOverload
+
+aten = torch.ops.aten
 
 
 def joint_graph(gm: GraphModule) -> GraphModule | None:
@@ -72,7 +77,41 @@ def inference_graph(gm: GraphModule) -> GraphModule | str:
         return "its graph computes gradients (torch.enable_grad)"
     if len(found) != 1 or metadata is None or metadata.mutated_inp_runtime_indices or metadata.num_intermediate_bases:
         return "its graph writes to an input or a buffer"
+    without_autocast(lambda: _correct_formats(found[0]))
     return found[0]
+
+
+def _correct_formats(graph: GraphModule) -> None:
+    """Correct the fake values of group norms, contiguous where the real ones lie like their input, and of what is
+    computed from them. 2.15; those of 2.11 are right.
+    """
+    from torch._prims_common import suggest_memory_format
+
+    corrected: set[Node] = set()
+    for node in graph.graph.nodes:
+        value = node.meta.get("val")
+        if node.target is aten.native_group_norm.default:
+            given = node.args[0].meta["val"]
+            made = torch.empty_like(given, memory_format=suggest_memory_format(given))
+            if made.stride() == value[0].stride():
+                continue
+            node.meta["val"] = (made, *value[1:])
+        elif corrected.isdisjoint(node.all_input_nodes) or not _has_a_format(node):
+            continue
+        else:
+            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda given: given.meta["val"])
+            # A view may have been traced where only a copy can be.
+            target: Any = aten.reshape.default if node.target is aten.view.default else node.target
+            node.meta["val"] = target(*args, **kwargs)
+        corrected.add(node)
+
+
+def _has_a_format(node: Node) -> bool:
+    """Whether the fake value of a node is a tensor that can be computed from those of others."""
+    if node.target is operator.getitem:
+        return True
+    is_tensor = isinstance(node.target, OpOverload) and isinstance(node.meta.get("val"), (Tensor, tuple, list))
+    return is_tensor and torch.Tag.dynamic_output_shape not in node.target.tags
 
 
 def without_autocast(work: Callable[[], Any]) -> Any:

@@ -83,7 +83,8 @@ def detection_head(m: Any, x: Tensor) -> tuple[Tensor, ...]:
     batch, _, height, width = y.shape
     boxes = m.second(y).view(batch, -1, 4, height, width).permute(0, 3, 4, 1, 2).reshape(batch, -1, 4)
     turned = y.permute(0, 2, 3, 1)
-    return boxes, y, 2 * y, turned, turned.view(-1), turned.sigmoid(), *turned.unbind(0), m.linear(turned)
+    parts = (*y.split([48, 80], 1), y[:, ::2], y[..., 1:, 1:], m.norm(y), m.norm(y).relu()[:, 1:])
+    return boxes, y, 2 * y, turned, turned.view(-1), turned.sigmoid(), *turned.unbind(0), m.linear(turned), *parts
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["plain model", "channels-last model"])
@@ -95,6 +96,7 @@ def test_results_lie_in_memory_as_in_eager_mode(channels_last: bool, dynamic: bo
             first=nn.Conv2d(16, 128, 3, padding=1),
             second=nn.Conv2d(128, 36, 3, padding=1),
             linear=nn.Linear(128, 64),
+            norm=nn.GroupNorm(4, 128),
         )
     )
     if channels_last:
