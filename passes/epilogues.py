@@ -37,3 +37,14 @@ def same_shape(a: Node, b: Node) -> bool:
     """Whether two nodes have the same sizes; symbolic ones by name, so that nothing is guarded."""
     x, y = a.meta["val"], b.meta["val"]
     return [str(s) for s in x.shape] == [str(s) for s in y.shape] and x.dtype == y.dtype
+
+
+def erase_unused(node: Node) -> None:
+    """Erase a node that nothing uses any more, and whatever it alone has used; looking through the whole graph instead,
+    for every layer, would take the square of their number."""
+    pending = [node]
+    while pending:
+        unused = pending.pop()
+        sources = unused.all_input_nodes
+        unused.graph.erase_node(unused)
+        pending += [source for source in sources if not source.users and not source.is_impure()]

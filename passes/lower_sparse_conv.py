@@ -14,7 +14,7 @@ from autosparse_fx.kernels import choice, ops  # noqa: F401  (the operators must
 from autosparse_fx.kernels.choice import DENSE_SCALE, MOST_TAPS, Choice, choose, lacking
 from autosparse_fx.passes.casts import drop_casts_between, narrowed, widened
 from autosparse_fx.passes.constants import constant, new_constant, remove_unused_constants
-from autosparse_fx.passes.epilogues import activation_of, only_user, same_shape
+from autosparse_fx.passes.epilogues import activation_of, erase_unused, only_user, same_shape
 from autosparse_fx.passes.sparse_groups import choose_each, choose_together, drop_groups_that_lose, sparse_ones
 
 aten = torch.ops.aten
@@ -123,4 +123,4 @@ def _lower(gm: GraphModule, node: Node) -> None:
     lowered.meta.update({key: value for key, value in node.meta.items() if key != "val"})
     lowered.meta["val"] = end.meta["val"].float().contiguous()
     end.replace_all_uses_with(narrowed(lowered, end.meta["val"].dtype, end))
-    gm.graph.eliminate_dead_code()
+    erase_unused(end)

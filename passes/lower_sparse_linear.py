@@ -11,7 +11,7 @@ from autosparse_fx.kernels import choice, ops  # noqa: F401  (the operators must
 from autosparse_fx.kernels.choice import DENSE_SCALE, Choice, choose, lacking
 from autosparse_fx.passes.casts import drop_casts_between, is_own_cast, narrowed, widened
 from autosparse_fx.passes.constants import constant, new_constant, remove_unused_constants
-from autosparse_fx.passes.epilogues import VIEWS, activation_of, only_user
+from autosparse_fx.passes.epilogues import VIEWS, activation_of, erase_unused, only_user
 from autosparse_fx.passes.sparse_groups import choose_each, drop_groups_that_lose, sparse_ones
 
 aten = torch.ops.aten
@@ -117,7 +117,7 @@ def _lower(gm: GraphModule, node: Node, weight: Tensor, bias: Tensor | None) -> 
             result = gm.graph.call_function(aten.view.default, (result, regrouped.args[1]))
             result.meta["val"] = end.meta["val"]
     end.replace_all_uses_with(result)
-    gm.graph.eliminate_dead_code()
+    erase_unused(end)
 
 
 def _vector(add: Node, summand: Node, weight: Tensor) -> Tensor | None:

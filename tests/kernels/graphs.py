@@ -1,13 +1,15 @@
 """Inference graphs of small models, and what is checked of every pass over them."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from kernels.compare import assert_close
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from autosparse_fx._compat.aot_autograd import inference_graph
@@ -42,6 +44,21 @@ def prune(model: nn.Module, sparsity: float = 0.9) -> nn.Module:
 
 def conv(inputs: int = 16, outputs: int = 32, kernel: int = 3, padding: int = 1, **arguments: Any) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, kernel, padding=padding, **arguments)
+
+
+@contextmanager
+def cleanings() -> Iterator[list[Graph]]:
+    """Collect the graphs that are gone through for nodes that nothing uses, each as often as it is."""
+    found: list[Graph] = []
+    clean = Graph.eliminate_dead_code
+
+    def note(graph: Graph, *arguments: Any) -> bool:
+        found.append(graph)
+        return clean(graph, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Graph, "eliminate_dead_code", note)
+        yield found
 
 
 class Function(nn.Module):

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from kernels.graphs import CONVOLUTION, SPARSE_CONV, Captured, Function, conv, prune
+from kernels.graphs import CONVOLUTION, SPARSE_CONV, Captured, Function, cleanings, conv, prune
 from torch import Tensor, nn
 
 from autosparse_fx.kernels.choice import CHOICE
@@ -29,6 +29,14 @@ def left_alone(graph: Captured, reason: str) -> None:
 
 
 # What is lowered.
+
+
+def test_whole_graph_is_cleaned_as_often_for_many_layers_as_for_few() -> None:
+    graphs = [captured(*(conv(16, 16), nn.ReLU()) * layers) for layers in (2, 6)]
+    with cleanings() as cleaned:
+        assert [graph.apply(lower_sparse_conv) for graph in graphs] == [2, 6]
+    few, many = (cleaned.count(graph.gm.graph) for graph in graphs)
+    assert few == many > 0
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from kernels.graphs import SPARSE_LINEAR, Captured, Function, prune
+from kernels.graphs import SPARSE_LINEAR, Captured, Function, cleanings, prune
 from torch import Tensor, nn
 
 from autosparse_fx.kernels.choice import CHOICE
@@ -36,6 +36,14 @@ def targets(graph: Captured) -> list[object]:
 
 
 # What is lowered.
+
+
+def test_whole_graph_is_cleaned_as_often_for_many_layers_as_for_few() -> None:
+    graphs = [captured(*(nn.Linear(64, 64), nn.GELU()) * layers) for layers in (2, 6)]
+    with cleanings() as cleaned:
+        assert [graph.apply(lower_sparse_linear) for graph in graphs] == [2, 6]
+    few, many = (cleaned.count(graph.gm.graph) for graph in graphs)
+    assert few == many > 0
 
 
 @pytest.mark.parametrize("bias", [True, False])
