@@ -110,8 +110,9 @@ def _has_a_format(node: Node) -> bool:
     """Whether the fake value of a node is a tensor that can be computed from those of others."""
     if node.target is operator.getitem:
         return True
-    is_tensor = isinstance(node.target, OpOverload) and isinstance(node.meta.get("val"), (Tensor, tuple, list))
-    return is_tensor and torch.Tag.dynamic_output_shape not in node.target.tags
+    if not isinstance(node.target, OpOverload) or torch.Tag.dynamic_output_shape in node.target.tags:
+        return False
+    return isinstance(node.meta.get("val"), (Tensor, tuple, list))
 
 
 def without_autocast(work: Callable[[], Any]) -> Any:
