@@ -19,7 +19,7 @@ from autosparse_fx.masked import MaskedModule, full_logit, masked_value
 from autosparse_fx.masked_state import mask_state, stored_weight
 from autosparse_fx.ownership import was_masked
 from autosparse_fx.plan import Plan, Slot
-from autosparse_fx.selection import Candidate, collect, reason, refuse_lazy_parameters
+from autosparse_fx.selection import Candidate, collect, pruned_value, reason, refuse_lazy_parameters
 from autosparse_fx.sparsity_report import UNITS, Cost, LayerReport, SparsityReport
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ def report(
     """Count the zeros of every weight of ``model``, as its layers read them, and what they save.
 
     Works on a sparse model, on a finalized one and on a dense one; tied weights are counted once. On a model that is
-    not prepared the weights of the known layer classes are listed, and what was masked before it was finalized.
+    not prepared the weights of the known layer classes are listed, and what was masked before it was finalized; those
+    that ``torch.nn.utils.prune`` masks as the layers read them, under the names of its parameters (``weight_orig``).
 
     Args:
         model: in the mode in which it is to be counted.
@@ -120,7 +121,9 @@ def _count_zeros(model: nn.Module) -> SparsityReport:
         dense_bytes += size
         stored_bytes += size  # less what is saved below
         masked = by_weight.get(id(candidate.parameter))
-        if masked is None and (prepared or (candidate.axis is None and not was_masked(candidate.parameter))):
+        pruned = pruned_value(candidate)
+        listed = candidate.axis is not None or was_masked(candidate.parameter) or pruned is not None
+        if masked is None and (prepared or not listed):
             if prepared:
                 skipped[candidate.name] = (candidate.parameter.numel(), _reason_for(candidate, plans, captured))
             continue
@@ -139,7 +142,7 @@ def _count_zeros(model: nn.Module) -> SparsityReport:
             cut = float(torch.sigmoid(full_logit(module, slot)).mean())
             target = module._autosparse.weights[slot.name].config.target_sparsity
         else:
-            weight = full_tensor(weight)
+            weight = full_tensor(weight if pruned is None else pruned)
         zeros = weight.numel() - int(torch.count_nonzero(weight))
         layers.append(
             LayerReport(

@@ -203,6 +203,16 @@ def owner(candidate: Candidate) -> str | None:
     return None
 
 
+def pruned_value(candidate: Candidate) -> Tensor | None:
+    """What a known layer multiplies by, where ``torch.nn.utils.prune`` masks this parameter of it at every forward."""
+    for module, name in candidate.holders:
+        base = name.removesuffix("_orig")
+        mask = module._buffers.get(f"{base}_mask")
+        if base != name and mask is not None and {name, base} & {slot.name for slot in layer_weights(module)}:
+            return candidate.parameter * mask
+    return None
+
+
 def reason(candidate: Candidate, *, looked_for: bool = False) -> str:
     """Why a parameter that no known layer multiplies by is left dense, also ``looked_for`` in the captured graphs."""
     owned_by = owner(candidate)
@@ -217,5 +227,5 @@ def reason(candidate: Candidate, *, looked_for: bool = False) -> str:
         if "bias" in name:
             return "a bias"
     if looked_for:
-        return "no known layer multiplies by it, nor does any product in the captured graphs"
+        return "no known layer multiplies by it, nor does any product that was seen"
     return "no known layer multiplies by it (pass example_inputs to look for its use)"

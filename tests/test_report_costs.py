@@ -243,3 +243,26 @@ def test_a_weight_that_is_pruned_by_torch_says_which_kernel_it_runs_on() -> None
     pruning.l1_unstructured(model[2], "weight", 0.95)
     found = {layer.name: layer for layer in layers(model, torch.randn(64, 256))}
     assert found["2.weight_orig"].choice.is_sparse and not found["0.weight"].choice.is_sparse
+
+
+def test_weights_that_are_pruned_by_torch_are_reported_as_the_layers_read_them() -> None:
+    model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 512), nn.LSTM(512, 8)).eval()
+    pruning.l1_unstructured(model[2], "weight", 0.95)
+    pruning.l1_unstructured(model[2], "bias", 0.5)
+    pruning.l1_unstructured(model[3], "weight_hh_l0", 0.25)
+    nn.utils.parametrizations.weight_norm(model[0])
+    with torch.no_grad():
+        model[2].weight_orig.mul_(2)  # and no forward since, in which torch would compute the weight
+    found = report(model, torch.randn(64, 256))
+    assert {layer.name: layer.sparsity for layer in found.layers} == {
+        "2.weight_orig": pytest.approx(0.95, abs=1e-5),
+        "3.weight_ih_l0": 0,
+        "3.weight_hh_l0_orig": 0.25,
+    }
+    linear = found.layers[0]
+    assert linear.kernel == "sparse" and linear.stored_bytes < linear.numel and linear.cost is not None
+    assert linear.cost.dense == 2 * 64 * 512 * 512 and linear.cost.sparse == pytest.approx(
+        0.05 * linear.cost.dense, 1e-3
+    )
+    sparsify(model, OPEN)
+    assert "torch.nn.utils.prune: 2.weight_orig" in str(report(model))

@@ -26,7 +26,7 @@ _KEEPS_ZEROS = frozenset(
         aten._unsafe_view,
     }
 )
-_SCALES = frozenset({aten.mul, aten.div})  # and these, by a number
+_SCALES = frozenset({aten.mul, aten.div})  # and these, by numbers and by masks
 
 
 def count_flops(
@@ -239,8 +239,10 @@ class _Recorder(TorchDispatchMode):
             kept = [trace for trace, t in zip(traces, tensors, strict=True) if t.is_floating_point() or t.is_complex()]
             if all(trace.weights for trace in kept):
                 weights = tuple(dict.fromkeys(weight for trace in kept for weight in trace.weights))
-        elif packet in _SCALES and tensors[0].dim() and all(t.dim() == 0 for t in tensors[1:]):
-            weights = traces[0].weights
+        elif packet in _SCALES and not any(trace.data for trace in traces):
+            # of one weight alone, which is not what is divided by: a zero of two factors may be that of either
+            own = [trace for trace in traces if trace.weights]
+            weights = own[0].weights if len(own) == 1 and (packet is aten.mul or own[0] is traces[0]) else ()
         data = any(trace.data for trace in traces)
         parameter = not data and any(trace.parameter for trace in traces)
         needs_grad = self.grad_enabled and any(trace.needs_grad for trace in traces) and packet is not aten.detach

@@ -185,7 +185,7 @@ def test_gradient_annealing_is_in_the_backward_graph_of_sparse_weights(
         (("report", "my_models:make", "--input", "3x4:float99"), "is no shape such as"),
         (("report", "my_models:make", "--input", "3x5"), "could not be run on the example_inputs"),
         (("report", "my_models:make", "--input", "3x4", "--weights", "nosuch.pt"), "there is no file"),
-        (("flops", "my_models:make", "--input", "3x4", "--sparsity", "1.5"), "'0.weight' must be a fraction in [0, 1], got 1.5"),
+        (("flops", "my_models:make", "--input", "3x4", "--sparsity", "1.5"), "'0.weight' must be a fraction"),
         (("flops", "my_models:make", "--input", "3x4", "--sparsity", "no.json"), "No such file"),
         (("flops", "my_models:make", "--input", "3x4", "--dynamic", "batch"), "is no name of a dimension"),
         (("flops", "my_models:make", "--input", "3x4", "--dynamic", "width=1"), "Sequential fixes 'width'"),

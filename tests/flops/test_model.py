@@ -118,6 +118,11 @@ def density(function: Any, x: Tensor) -> sympy.Expr:
         (lambda self, x: x @ self.w[torch.tensor([4, 0, 2])].T, 0.5),
         (lambda self, x: x @ self.w.index_select(0, torch.tensor([4, 0, 2])).T, 0.5),
         (lambda self, x: x @ (2 * self.w / 3).T, 0.5),
+        (lambda self, x: x @ (torch.ones(6, 4) * self.w / torch.ones(4)).T, 0.5),
+        (lambda self, x: x @ (self.w * (self.w.abs() > 0.1)).T, 0.5),
+        (lambda self, x: x @ (self.w * self.v[:1]).T, 1.0),  # whose zeros are not known
+        (lambda self, x: x @ (self.v[:1] / self.w).T, 1.0),
+        (lambda self, x: x @ (self.w * x[:1]).T, 1.0),
         (lambda self, x: x @ (2 / self.w).T, 1.0),
         (lambda self, x: x @ (self.w + 1).T, 1.0),  # no zeros any more
         (lambda self, x: x @ self.w.cumsum(0).T, 1.0),
@@ -135,6 +140,11 @@ def density(function: Any, x: Tensor) -> sympy.Expr:
         "index",
         "index_select",
         "scaled",
+        "times a mask",
+        "times its own mask",
+        "times a weight",
+        "divisor",
+        "times data",
         "inverse",
         "sum",
         "cumsum",
