@@ -17,6 +17,7 @@ from autosparse_fx._compat import dynamo, dynamo_graphs, eager
 from autosparse_fx.hidden.graph import mark_weights
 from autosparse_fx.passes import DYNAMO_PASSES
 from autosparse_fx.passes.find_weights import find_weights
+from autosparse_fx.recorded import recorded
 
 
 @dataclass(eq=False)
@@ -128,18 +129,33 @@ def multiplied_parameters(
     """Return the ids of the parameters that ``model`` multiplies by when called on ``example_inputs``, and the axis of
     the output channels of each.
 
-    The model runs once, without gradients, in the mode that it is in. Its buffers and the random state are restored.
+    The model runs once, with gradients enabled, in the mode that it is in, and once more where Dynamo left some of it
+    to eager mode. Its buffers and the random state are restored.
     """
     used: dict[int, int] = {}
+    seen: set[int] = set()  # by any graph
 
     def backend(gm: GraphModule, _: list[Any]) -> Callable[..., Any]:
+        seen.update(id(parameter) for parameter in map(dynamo_graphs.placeholder_parameter, gm.graph.nodes))
         for node, axis in find_weights(gm, lambda n: dynamo_graphs.placeholder_parameter(n) is not None).items():
             used.setdefault(id(dynamo_graphs.placeholder_parameter(node)), axis)
         return gm.forward
 
-    with torch.no_grad():
-        run_captured(model, unmarked(example_inputs), backend)
+    inputs = unmarked(example_inputs)
+    with dynamo.graph_break_reasons() as breaks, torch.enable_grad():
+        run_captured(model, inputs, backend)
+        if breaks or any(p.dim() > 1 and id(p) not in seen for p in model.parameters()):
+            used = {**_multiplied_in_eager_mode(model, inputs), **used}
     return used
+
+
+def _multiplied_in_eager_mode(model: nn.Module, example_inputs: Any) -> dict[int, int]:
+    args, kwargs = _as_call(example_inputs)
+    with _restored(model), warnings.catch_warnings(), recorded([*model.parameters(), *model.buffers()]) as (gm, state):
+        warnings.simplefilter("ignore")
+        model(*args, **kwargs)
+    found = find_weights(gm, lambda node: isinstance(state.get(node), nn.Parameter))
+    return {id(state[node]): axis for node, axis in found.items()}
 
 
 def _rewritten(gm: GraphModule) -> GraphModule:

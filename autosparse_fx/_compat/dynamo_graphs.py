@@ -15,6 +15,8 @@ HigherOrderOperator = torch._ops.HigherOrderOperator
 set_grad_enabled = torch._C._set_grad_enabled
 enter_inference_mode, exit_inference_mode = _enter_inference_mode, _exit_inference_mode
 
+_STATIC = "_dynamo_static_input_type"
+
 
 def copy_dynamo_graph(gm: GraphModule) -> GraphModule:
     """A copy of Dynamo's graph that may get more placeholders: Dynamo reads its own again afterwards. 2.11-2.15."""
@@ -97,7 +99,12 @@ def placeholder_tensor(node: Node) -> Tensor | None:
 
 def is_module_state(node: Node) -> bool:
     """Whether a placeholder of a Dynamo graph is a parameter or buffer of a module. 2.11-2.15."""
-    return "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
+    return _STATIC in node.meta.get("tensor_dict", {})
+
+
+def mark_module_state(node: Node) -> None:
+    """Make a placeholder of another graph one of those. 2.11-2.15."""
+    node.meta["tensor_dict"] = {_STATIC: "unguarded"}
 
 
 def module_name(path: str) -> str:

@@ -239,7 +239,7 @@ def test_report_lists_parameters_whose_use_was_looked_for_in_vain(prepared: bool
     assert set(thresholds(model)) == {"head.weight"}
     assert report(model).skipped["kernel"] == (
         64,
-        "no known layer multiplies by it, nor does any product in the captured graphs",
+        "no known layer multiplies by it, nor does any product that was seen",
     )
 
 
