@@ -20,7 +20,7 @@ from autosparse_fx.hidden.registration import undone_on_error
 from autosparse_fx.hidden.training import hook_optimizers
 from autosparse_fx.inference import compile_at_first_call, compile_for_inference
 from autosparse_fx.options import ONE_LINE_OPTIONS, parse_options
-from autosparse_fx.ownership import holds_zeros, is_prepared
+from autosparse_fx.ownership import holds_zeros, unprepared
 from autosparse_fx.passes import DYNAMO_PASSES
 from autosparse_fx.passes.dedupe_masks import is_mask
 from autosparse_fx.passes.find_weights import find_weights
@@ -99,16 +99,15 @@ def _refuse_unprepared_training(gm: GraphModule, request: Request | None) -> Non
         for node in find_weights(gm, lambda n: placeholder_parameter(n) is not None)
         if (parameter := placeholder_parameter(node)) is not None
     }
-    for node, parameter in weights.items():
-        if parameter.requires_grad and hidden_mask(parameter) is None and not is_prepared(parameter):
-            if holds_zeros(list(weights.values())):
-                break
-            raise RuntimeError(
-                f"backend 'autosparse' was asked to train a model that is not sparse (weight '{node.name}' "
-                f"{list(parameter.shape)}; a model that was finalized has zeros in at least half of its layers' "
-                "weights): call model = autosparse_fx.sparsify(model) before making the optimizer, compile with "
-                "options={'target_sparsity': 0.9, 'total_steps': ...}, or use backend='inductor' to train it dense"
-            )
+    dense = unprepared(p for p in weights.values() if p.requires_grad and hidden_mask(p) is None)
+    if dense and not holds_zeros(list(weights.values())):
+        name = next(node.name for node, parameter in weights.items() if parameter is dense[0])
+        raise RuntimeError(
+            f"backend 'autosparse' was asked to train a model that is not sparse (weight '{name}' "
+            f"{list(dense[0].shape)}; a model that was finalized has zeros in at least half of its layers' weights): "
+            "call model = autosparse_fx.sparsify(model) before making the optimizer, compile with "
+            "options={'target_sparsity': 0.9, 'total_steps': ...}, or use backend='inductor' to train it dense"
+        )
 
 
 def _has_masked_weights(gm: GraphModule) -> bool:

@@ -51,13 +51,14 @@ def is_finalized(parameter: Tensor) -> bool:
     return parameter in _finalized
 
 
-def is_prepared(parameter: Tensor) -> bool:
-    """Whether the parameter belongs to a model that was prepared, the original or a copy of it: whether a module that
-    holds it, or any module around it, holds a masked weight, or did."""
-    if parameter in _finalized:
-        return True
-    ancestors = _Ancestry([parameter]).ancestors
-    return any("_autosparse" in vars(m) for ancestor in ancestors for m in ancestor.modules())
+def unprepared(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Those of the parameters that belong to no model that was prepared, the original or a copy of it: neither in the
+    module that holds one nor in any around it is there a module that holds a masked weight, or did."""
+    unknown = [parameter for parameter in parameters if parameter not in _finalized]
+    ancestors = _Ancestry(unknown).ancestors if unknown else []
+    roots = [root for root in ancestors if any("_autosparse" in vars(m) for m in root.modules())]
+    prepared = {id(parameter) for root in roots for parameter in root.parameters()}
+    return [parameter for parameter in unknown if id(parameter) not in prepared]
 
 
 def holds_zeros(parameters: Sequence[Tensor]) -> bool:

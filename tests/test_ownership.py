@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from autosparse_fx import AutoSparse, finalize, sparsify
-from autosparse_fx.ownership import is_finalized, is_prepared, places, remember_finalized, was_masked
+from autosparse_fx import AutoSparse, finalize, ownership, sparsify
+from autosparse_fx.ownership import is_finalized, places, remember_finalized, unprepared, was_masked
 
 
 def names(parameter: nn.Parameter) -> tuple[str, ...]:
@@ -177,6 +177,22 @@ def test_wrapper_of_data_parallelism_is_stripped(process_group: None, order: str
 
 
 # Prepared and finalized.
+
+
+def is_prepared(parameter: nn.Parameter) -> bool:
+    return unprepared([parameter]) == []
+
+
+def test_owners_of_many_parameters_are_asked_for_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And for none of those that are known without."""
+    walks: list[None] = []
+    live_objects = ownership.live_objects
+    monkeypatch.setattr(ownership, "live_objects", lambda: (walks.append(None), live_objects())[1])
+    prepared, other = sparsify(reference.mlp()), Outer(nn.Linear(2, 2))
+    finalized = finalize(sparsify(reference.mlp(), AutoSparse(target_sparsity=None)))
+    found = unprepared([*prepared.parameters(), *other.parameters(), *finalized.parameters()])
+    assert list(map(id, found)) == list(map(id, other.parameters())) and len(walks) == 1
+    assert unprepared(finalized.parameters()) == [] and len(walks) == 1
 
 
 def test_prepared_is_every_parameter_of_a_model_with_masks() -> None:
