@@ -48,6 +48,7 @@ def insert_masks(gm: GraphModule) -> int:
     graph = gm.graph
     order = {node: i for i, node in enumerate(graph.nodes)}
     mode_of = modes(graph)
+    last = [node for node in order if node.op == "placeholder"][-1:]
     inserted = 0
     for weight in [node for node in order if WEIGHT in node.meta]:
         uses = [user for user in weight.users if user.target not in NAMING_USES]
@@ -56,7 +57,8 @@ def insert_masks(gm: GraphModule) -> int:
         groups: dict[tuple[object, ...], list[Node]] = {}
         for user in sorted(uses, key=order.__getitem__):
             groups.setdefault(mode_of[user], []).append(user)
-        state = _state_placeholders(gm, weight)
+        state = _state_placeholders(gm, weight, last)
+        last = [state[-1]]
         for users in groups.values():
             masked = _insert_mask(gm, weight, state, users[0])
             for user in users:
@@ -68,9 +70,9 @@ def insert_masks(gm: GraphModule) -> int:
     return inserted
 
 
-def _state_placeholders(gm: GraphModule, weight: Node) -> tuple[Node, Node, Node]:
+def _state_placeholders(gm: GraphModule, weight: Node, last: list[Node]) -> tuple[Node, Node, Node]:
+    """Add them behind the ``last`` placeholder, if there is one."""
     spec: MaskSpec = weight.meta[WEIGHT]
-    last = [node for node in gm.graph.nodes if node.op == "placeholder"][-1:]
     value = weight.meta["example_value"]
     found = []
     for field, shape in zip(FIELDS, ((spec.channels or 1,), (spec.channels or 1,), ()), strict=True):
