@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch.fx import GraphModule
 
 from autosparse_fx.passes.dedupe_masks import dedupe_masks
+from autosparse_fx.passes.flatten_batches import flatten_batches
 from autosparse_fx.passes.fold_batch_norm import fold_batch_norm
 from autosparse_fx.passes.fold_constants import fold_constants
 from autosparse_fx.passes.fuse_sparse_programs import fuse_sparse_programs
@@ -25,6 +26,7 @@ JOINT_PASSES: tuple[Callable[[GraphModule], int], ...] = (tag_recompute,)
 INFERENCE_PASSES: tuple[Callable[[GraphModule], int], ...] = (
     keep_formats,
     open_encoder_layers,
+    flatten_batches,
     fold_constants,
     fold_batch_norm,
     remove_dead_channels,
@@ -39,6 +41,7 @@ __all__ = [
     "INFERENCE_PASSES",
     "JOINT_PASSES",
     "dedupe_masks",
+    "flatten_batches",
     "fold_batch_norm",
     "fold_constants",
     "fuse_sparse_programs",

@@ -30,10 +30,7 @@ _STATE: dict[Any, slice] = {
 
 def fold_constants(gm: GraphModule) -> int:
     """Fold the weights and biases of convolutions, products and batch norms; return how many."""
-    computable: set[Node] = set()
-    for node in gm.graph.nodes:
-        if constant(node) is not None or (_may_be_evaluated(node) and computable.issuperset(node.all_input_nodes)):
-            computable.add(node)
+    computable = computable_nodes(gm)
     sources = {node: _sources(node) for node in _computed_state(gm) if node in computable}
     wanted = set().union(*sources.values())
     values: dict[Node, Any] = {}
@@ -49,6 +46,15 @@ def fold_constants(gm: GraphModule) -> int:
         remove_unused_constants(gm)
         gm.recompile()
     return len(sources)
+
+
+def computable_nodes(gm: GraphModule) -> set[Node]:
+    """The constants, and what can be computed from them alone."""
+    computable: set[Node] = set()
+    for node in gm.graph.nodes:
+        if constant(node) is not None or (_may_be_evaluated(node) and computable.issuperset(node.all_input_nodes)):
+            computable.add(node)
+    return computable
 
 
 def _computed_state(gm: GraphModule) -> Iterator[Node]:

@@ -12,7 +12,13 @@ from autosparse_fx.capture import run_captured, unmarked
 from autosparse_fx.inference import inference_graph, with_state_as_inputs
 from autosparse_fx.kernels.choice import CHOICE, Choice
 from autosparse_fx.kernels.program import Window
-from autosparse_fx.passes import INFERENCE_PASSES, fold_constants, fuse_sparse_programs, open_encoder_layers
+from autosparse_fx.passes import (
+    INFERENCE_PASSES,
+    flatten_batches,
+    fold_constants,
+    fuse_sparse_programs,
+    open_encoder_layers,
+)
 from autosparse_fx.passes.constants import constant_node, with_constants
 from autosparse_fx.passes.fold_constants import FOLDED_FROM
 from autosparse_fx.passes.lower_sparse_conv import window_arguments
@@ -82,6 +88,7 @@ def _dense(name: str, weight: Tensor, reason: str) -> Layer:
 def _layers(graph: GraphModule, names: dict[str, str]) -> list[Layer]:
     geometries = {}
     open_encoder_layers(graph)
+    flatten_batches(graph)
     fold_constants(graph)
     for node in graph.graph.nodes:
         if node.target in _WEIGHT:
