@@ -215,6 +215,16 @@ def pruned_value(candidate: Candidate) -> Tensor | None:
 
 def reason(candidate: Candidate, *, looked_for: bool = False) -> str:
     """Why a parameter that no known layer multiplies by is left dense, also ``looked_for`` in the captured graphs."""
+    known = role(candidate)
+    if known is not None:
+        return known
+    if looked_for:
+        return "no known layer multiplies by it, nor does any product that was seen"
+    return "no known layer multiplies by it (pass example_inputs to look for its use)"
+
+
+def role(candidate: Candidate) -> str | None:
+    """What a parameter is that has a use of its own, which is no product."""
     owned_by = owner(candidate)
     if owned_by is not None:
         return f"owned by {owned_by}"
@@ -226,6 +236,4 @@ def reason(candidate: Candidate, *, looked_for: bool = False) -> str:
             return "a normalization"
         if "bias" in name:
             return "a bias"
-    if looked_for:
-        return "no known layer multiplies by it, nor does any product that was seen"
-    return "no known layer multiplies by it (pass example_inputs to look for its use)"
+    return None

@@ -15,7 +15,8 @@ from typing import Any
 from torch import nn
 
 from autosparse_fx._compat import dynamo
-from autosparse_fx.hidden.registration import unmasked_in
+from autosparse_fx.hidden.masks import Request
+from autosparse_fx.hidden.registration import unmasked_in, unseen_in
 from autosparse_fx.options import parse_options
 from autosparse_fx.ownership import live_objects
 
@@ -54,21 +55,29 @@ def unmasked(held: set[int]) -> dict[nn.Parameter, str]:
     Raises:
         TypeError, ValueError: if the options of such a model are not valid, which Dynamo may have swallowed.
     """
-    found = _unmasked(held)
-    if found:
+    return _in_compiled_models(held, unmasked_in)
+
+
+def unseen(held: set[int]) -> dict[nn.Parameter, str]:
+    """The parameters that may be weights and that no graph holds, with their names, of the same models."""
+    return _in_compiled_models(held, unseen_in)
+
+
+def _in_compiled_models(
+    held: set[int], look: Callable[[nn.Module, Request], dict[nn.Parameter, str]]
+) -> dict[nn.Parameter, str]:
+    found: dict[nn.Parameter, str] = {}
+    for last in (False, True):
+        found = {}
+        for compiled, arguments in _compiled():
+            for module in _modules(compiled):
+                if any(id(parameter) in held for parameter in module.parameters()):
+                    request = parse_options(arguments.get("mode"), arguments.get("options")).request
+                    if request is not None:
+                        found.update(look(module, request))
+        if not found or last:
+            break
         gc.collect()  # a compiled model that nobody holds any more has asked for nothing
-        found = _unmasked(held)
-    return found
-
-
-def _unmasked(held: set[int]) -> dict[nn.Parameter, str]:
-    found = {}
-    for compiled, arguments in _compiled():
-        for module in _modules(compiled):
-            if any(id(parameter) in held for parameter in module.parameters()):
-                request = parse_options(arguments.get("mode"), arguments.get("options")).request
-                if request is not None:
-                    found.update(unmasked_in(module, request))
     return found
 
 

@@ -21,7 +21,7 @@ from autosparse_fx.initial import new_mask
 from autosparse_fx.masked import MaskedModule
 from autosparse_fx.ownership import Place, is_finalized, places
 from autosparse_fx.plan import MaskedWeight, Plan
-from autosparse_fx.selection import check_tensor, collect, owner, reason, refuse_wrappers
+from autosparse_fx.selection import check_tensor, collect, is_maskable, owner, reason, refuse_wrappers, role
 
 
 def register(weights: Mapping[nn.Parameter, int], around: list[nn.Parameter], request: Request) -> None:
@@ -195,3 +195,23 @@ def unmasked_in(scope: nn.Module, request: Request) -> dict[nn.Parameter, str]:
     found = places(layers)
     _plans({id(place.root): place.root for place in found.values()}.values(), found, request)
     return {parameter: name for parameter, (name, _) in _expected([scope], found, request).items()}
+
+
+def unseen_in(scope: nn.Module, request: Request) -> dict[nn.Parameter, str]:
+    """The parameters of ``scope``, and of no layer of a known class, that no graph holds although they may well be
+    weights: what they are used for runs where the compiler does not see it."""
+    candidates = [
+        candidate
+        for candidate in collect(scope)
+        if candidate.axis is None
+        and candidate.parameter.requires_grad
+        and candidate.parameter.dim() > 1
+        and is_maskable(candidate.parameter.dtype)
+        and registry.seen.get(candidate.parameter) != request
+        and hidden_mask(candidate.parameter) is None
+        and not any(isinstance(holder, MaskedModule) for holder, _ in candidate.holders)
+        and role(candidate) is None
+    ]
+    found = places([candidate.parameter for candidate in candidates])
+    names = {candidate.parameter: found[id(candidate.parameter)].names for candidate in candidates}
+    return {parameter: n[0] for parameter, n in names.items() if request.config.rule_for(n)[1] is not None}

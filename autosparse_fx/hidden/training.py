@@ -81,13 +81,16 @@ class _Run:
         if self._calls != (calls := asked.calls()):
             self._calls = calls
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            found = asked.unmasked(set(map(id, parameters)))
+            held = set(map(id, parameters))
+            found = asked.unmasked(held)
             self._asked = [(p, found[p], False) for p in parameters if p in found]
+            unseen = asked.unseen(held)
+            _warn_of_unseen({p: unseen[p] for p in parameters if p in unseen and not _is_zero_or_none(p.grad)})
         missed = [*self._missed, *self._asked]
         if closure and (self._held or missed):
             raise RuntimeError(_no_closure(optimizer))
         for parameter, name, again in missed:
-            if parameter.grad is None or _is_zero(parameter.grad):  # unused in this step
+            if _is_zero_or_none(parameter.grad):  # unused in this step
                 continue
             if again:
                 raise RuntimeError(
@@ -237,6 +240,23 @@ def _refuse_dense_gradient(grad: Tensor, mask: HiddenMask) -> None:
 
 def _is_zero(grad: Tensor) -> bool:
     return not grad.is_sparse and not grad.any()
+
+
+def _is_zero_or_none(grad: Tensor | None) -> bool:
+    return grad is None or _is_zero(grad)
+
+
+def _warn_of_unseen(names: dict[nn.Parameter, str]) -> None:
+    if names:
+        parameter, name = next(iter(names.items()))
+        warnings.warn(
+            f"'{name}' {list(parameter.shape)} ({len(names)} parameters in all) is trained, but in no compiled graph: "
+            "the code that uses it ran in eager mode (a graph break inside a loop, a sparse tensor; "
+            "TORCH_LOGS=graph_breaks says where). If it is a weight, it is dense. Prepare the model with "
+            "model = autosparse_fx.sparsify(model, example_inputs=...) before making the optimizer, or leave it dense "
+            f"with options={{'rules': {{{name!r}: None}}, ...}}",
+            stacklevel=2,
+        )
 
 
 def _warn_of_lost_state(optimizer: Optimizer, held: list[_Held]) -> None:
