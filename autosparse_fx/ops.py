@@ -135,6 +135,7 @@ def _threshold_mask_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyp
 
 def _threshold_mask_backward(ctx, grad):  # type: ignore[no-untyped-def]
     weight, threshold = ctx.saved_tensors
+    ctx.is_spent = True  # after this call what it saved may be gone, and its result is not to be used anew
     return *anneal_gradient(grad, weight, threshold, ctx.alpha), None
 
 

@@ -71,11 +71,16 @@ def masking_once_outside_graphs(forward: Callable[..., Any]) -> Callable[..., An
 
 
 def masked_once(weight: Tensor, mask: Callable[[], Tensor]) -> Tensor:
-    """Return ``mask()``, or what it returned before in the same forward for the weight as it is and the grad mode."""
+    """Return ``mask()``, or what it returned before in the same forward for the weight as it is and the grad mode.
+
+    Not where a backward pass has gone through that, as in a forward that differentiates.
+    """
     memo = _reads.memo
     if memo is None or not memo.is_current:
         return mask()
     key = (id(weight), 0 if weight.is_inference() else weight._version, torch.is_grad_enabled())
-    if key not in memo.masked:
-        memo.masked[key] = (weight, mask())  # holding the weight keeps its id from being used again
-    return memo.masked[key][1]
+    _, masked = memo.masked.get(key, (None, None))
+    if masked is None or getattr(masked.grad_fn, "is_spent", False):
+        masked = mask()
+        memo.masked[key] = (weight, masked)  # holding the weight keeps its id from being used again
+    return masked

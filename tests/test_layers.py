@@ -359,3 +359,29 @@ def test_a_checkpointed_part_masks_on_its_own() -> None:
     (torch.tanh(model.layer(hidden)) * model.layer.weight[1]).sum().backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(found[name], p.grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+class Adapting(nn.Module):
+    """Takes gradients through its own layers in its forward, and then uses them again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.net = nn.Parameter(torch.randn(6, 6) / 2), nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            hidden = self.net(x @ self.w)
+            gradients = torch.autograd.grad(hidden.square().sum(), [*self.net.parameters(), x], allow_unused=True)
+            x = x - 0.1 * gradients[-1]
+        return self.net(x @ self.w)
+
+
+def test_a_forward_that_differentiates_reads_weights_that_can_be_differentiated_again() -> None:
+    x = torch.randn(3, 6, requires_grad=True)
+    model = sparsify(Adapting(), AutoSparse(alpha=0.5, threshold_init=-2.5), example_inputs=x)
+    dense = Adapting()
+    plain = {"w": model.w.detach(), "net.0.weight": model.net[0].weight.detach(), "net.0.bias": model.net[0].bias}
+    dense.load_state_dict(plain)
+    torch.testing.assert_close(model(x), dense(x))
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
