@@ -1,5 +1,6 @@
 """GradientAnnealing: after every optimizer step it lowers alpha, and steers the thresholds to the target."""
 
+import threading
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -35,6 +36,7 @@ MAX_HELD_CALLS = 20  # of step() in a row that may have come after no optimizer 
 MAX_UNHEARD_STEPS = 20  # of one optimizer that trains masked weights, between two that were counted
 
 _annealers: "weakref.WeakSet[GradientAnnealing]" = weakref.WeakSet()
+_lock = threading.Lock()  # of that set
 
 
 class GradientAnnealing:
@@ -139,8 +141,12 @@ class GradientAnnealing:
         """Stop the annealers of modules that this one takes over; return those of other modules that begin with it."""
         own = {id(module) for _, module in self._modules}
         beside = []
-        for earlier in list(_annealers):
-            theirs = earlier._masked()
+        with _lock:
+            known = list(_annealers)
+            _annealers.add(self)
+        for earlier in known:
+            held = {id(module) for module in earlier._model.modules()}
+            theirs = [(name, module) for name, module in earlier._masked() if id(module) in held]
             left = [name for name, module in theirs if id(module) not in own]
             if not theirs and any(id(module) in own for _, module in earlier._modules):
                 earlier.detach()  # of masks that these modules had before
@@ -156,8 +162,8 @@ class GradientAnnealing:
                     stacklevel=4,
                 )
             earlier.detach()
-            _annealers.discard(earlier)
-        _annealers.add(self)
+            with _lock:
+                _annealers.discard(earlier)
         return beside
 
     def _attach(self) -> None:

@@ -346,3 +346,16 @@ def test_training_on_by_another_optimizer_after_the_end_is_no_warning() -> None:
         for _ in range(25):
             one_step(model, other)
     assert annealer.steps == 20
+
+
+def test_modules_that_have_left_the_model_are_not_missed() -> None:
+    model = autosparse_fx.sparsify(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    earlier = GradientAnnealing(model, 10, optimizer)
+    with autosparse_fx.dense_weights(model):
+        model[2] = nn.Linear(8, 2)
+        del model[1]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    annealer = GradientAnnealing(model, 10, optimizer)
+    optimizer.step()
+    assert (earlier.steps, annealer.steps) == (0, 1)
