@@ -303,34 +303,6 @@ def test_other_training_is_not_resumed(tmp_path: Path) -> None:
             trainer(callback, tmp_path).fit(module(), loader(), ckpt_path=tmp_path / "a.ckpt")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"target": 0.9}, TypeError, "no argument 'target'"),
-        ({"target_sparsity": 1.5}, ValueError, "target_sparsity"),
-        ({"config": AutoSparse(), "alpha": 0.5}, TypeError, "set these in the configuration"),
-        ({"config": 0.9}, TypeError, "takes an AutoSparse"),
-        ({"finalize": "yes"}, TypeError, "finalize must be True or False, got 'yes'"),
-        ({"total_steps": 100.0}, ValueError, "whole number of optimizer steps, got 100.0: pass int"),
-        ({"total_steps": 0}, ValueError, "total_steps must be a positive whole number"),
-    ],
-)
-def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        AutoSparseCallback(**arguments)
-
-
-def test_callback_is_shown_as_it_was_made() -> None:
-    config = AutoSparse(target_sparsity=0.9)
-    callback = AutoSparseCallback(config, submodule="model", finalize=True)
-    assert repr(callback) == f"AutoSparseCallback(config={config!r}, submodule='model', finalize=True)"
-    assert repr(AutoSparseCallback()) == "AutoSparseCallback()"
-
-
-def test_total_steps_of_any_whole_type_are_plain() -> None:
-    assert type(AutoSparseCallback(total_steps=torch.tensor(40))._run.total_steps) is int
-
-
 def test_trainings_that_are_refused(tmp_path: Path) -> None:
     class Manual(Digits):
         def __init__(self) -> None:

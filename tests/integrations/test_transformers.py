@@ -207,13 +207,6 @@ def test_trainings_that_are_refused(tmp_path: Path) -> None:
         run.train()
     with pytest.raises(ValueError, match="lm_haed"):
         trainer(gpt2(), tmp_path, AutoSparseCallback(rules={"lm_haed.weight": None}))
-    with pytest.raises(TypeError, match="no argument 'sparsity'"):
-        AutoSparseCallback(sparsity=0.9)
-
-
-def test_callback_is_shown_as_it_was_made() -> None:
-    callback = AutoSparseCallback(target_sparsity=0.9, total_steps=40)
-    assert repr(callback) == f"AutoSparseCallback(config={AutoSparse(target_sparsity=0.9)!r}, total_steps=40)"
 
 
 def test_other_training_is_not_resumed(tmp_path: Path) -> None:
