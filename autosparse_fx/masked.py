@@ -10,6 +10,7 @@ that eager code, Dynamo, export and make_fx all see one ``threshold_mask`` node,
 import copyreg
 from collections.abc import Callable, Iterable
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -275,16 +276,18 @@ def _property(slot: Slot) -> property:
     return property(read, write, doc=f"The masked {slot.name}; the stored one is in parameters().")
 
 
-_classes: dict[tuple[type[nn.Module], tuple[Slot, ...], float], type[MaskedModule]] = {}
+# As long as there are modules of them: a GraphModule has a class of its own, and code that makes modules may as well.
+_classes: "WeakValueDictionary[tuple[type[nn.Module], tuple[Slot, ...], float], type[MaskedModule]]" = (
+    WeakValueDictionary()
+)
 
 
 def masked_class(base: type[nn.Module], slots: tuple[Slot, ...], scale: float) -> type[MaskedModule]:
     """Return the subclass of ``base`` that reads the names in ``slots`` masked; one for all modules alike, so that
     they share compiled code."""
     key = (base, slots, scale)
-    if key not in _classes:
-        _classes[key] = _make_masked_class(*key)
-    return _classes[key]
+    found = _classes.get(key)
+    return _classes.setdefault(key, _make_masked_class(*key)) if found is None else found
 
 
 def _make_masked_class(base: type[nn.Module], slots: tuple[Slot, ...], scale: float) -> type[MaskedModule]:

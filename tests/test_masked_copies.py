@@ -1,9 +1,11 @@
 """A masked module is copied, pickled and called functionally as a dense one is."""
 
 import copy
+import gc
 import io
 import pickle
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -264,3 +266,22 @@ def test_graph_module_that_holds_a_masked_weight_itself_is_not_copied_without_it
     assert isinstance(plain, torch.fx.GraphModule) and not hasattr(plain, "_autosparse_slots")
     finalize_quietly(model)
     assert torch.equal(copy.deepcopy(model)(x), model(x))
+
+
+def test_classes_live_as_long_as_modules_of_them() -> None:
+    """And those that a GraphModule makes for itself no longer."""
+    kept, model = sparse_layer(), sparsify(torch.fx.symbolic_trace(Functional()), example_inputs=torch.randn(2, 4))
+    classes = [weakref.ref(type(model)), weakref.ref(type(model)._autosparse_base)]
+    assert type(sparse_layer()) is type(copy.deepcopy(kept)) is type(through_pickle(kept, 4)) is type(kept)
+    del model
+    torch._dynamo.reset()  # which has captured it
+    gc.collect()
+    assert [cls() for cls in classes] == [None, None]
+    stored = pickle.dumps(kept)
+    del kept
+    gc.collect()
+    assert type(pickle.loads(stored)) is type(sparse_layer())
+
+
+def sparse_layer() -> nn.Module:
+    return sparsify(nn.Linear(4, 4), AutoSparse(target_sparsity=None))
