@@ -297,7 +297,8 @@ def _make_sparse(graph: GraphModule) -> bool:
     programs = graph.graph.find_nodes(op="call_function", target=RUN_PROGRAM)
     if not programs:
         reasons = Counter(node.meta[CHOICE].reason for node in graph.graph.nodes if CHOICE in node.meta)
-        log.info("no sparse kernels: %s", ", ".join(f"{why} ({n})" for why, n in reasons.most_common(5)))
+        listed = ", ".join(f"{why} ({n})" for why, n in reasons.most_common(5))
+        log.info("no sparse kernels: %s", listed or "its graph has no layer that has one")
         return False
     log.info(
         "packed the weights of a graph for %d sparse programs in %.2f s: %.1f MB of constants, %.1f MB before",

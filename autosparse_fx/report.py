@@ -25,6 +25,8 @@ from autosparse_fx.sparsity_report import UNITS, Cost, LayerReport, SparsityRepo
 if TYPE_CHECKING:
     from autosparse_fx.flops import ModelFlops
 
+NO_LAYER = "no layer that has a sparse kernel"
+
 __all__ = ["LayerReport", "SparsityReport", "report", "sparsity", "thresholds"]
 
 
@@ -91,12 +93,11 @@ def _with_kernels(
             f"which kernels the layers would run on is not known: {type(why).__name__}: {first}", stacklevel=3
         )
         return found
-    listed = [
-        replace(layer, kernel="sparse" if choice.is_sparse else "dense", kernel_reason=choice.reason)
-        if (choice := choices.get(layer.name)) is not None
-        else layer
-        for layer in found.layers
-    ]
+    listed = []
+    for layer in found.layers:
+        choice = choices.get(layer.name)
+        kernel = "sparse" if choice is not None and choice.is_sparse else "dense"
+        listed.append(replace(layer, kernel=kernel, kernel_reason=NO_LAYER if choice is None else choice.reason))
     return replace(found, layers=tuple(listed))
 
 

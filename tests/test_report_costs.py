@@ -185,6 +185,23 @@ def test_each_weight_says_which_kernel_it_runs_on_and_why() -> None:
     assert "sparse: estimated" in str(found) and "1 of 3 weights run on sparse kernels" in str(found)
 
 
+def test_weights_of_no_layer_that_has_a_sparse_kernel_are_counted_as_dense() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.linear = nn.LSTM(256, 256, batch_first=True), nn.Linear(256, 512)
+            with torch.no_grad():
+                self.linear.weight[torch.rand(512, 256) < 0.95] = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(self.lstm(x)[0])
+
+    found = report(Recurrent().eval(), torch.randn(4, 64, 256))
+    assert [layer.kernel for layer in found.layers] == ["dense", "dense", "sparse"]
+    assert [layer.kernel_reason for layer in found.layers[:2]] == 2 * ["no layer that has a sparse kernel"]
+    assert "1 of 3 weights run on sparse kernels" in str(found)
+
+
 def test_without_a_compiler_only_the_kernels_are_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_compiler() -> None:
         raise RuntimeError("No working C++ compiler found\n\nand more")
