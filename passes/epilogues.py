@@ -1,5 +1,6 @@
 """What may follow a layer and be computed with it, or costs nothing: activations and views, as ATen spells them."""
 
+import math
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ _BY_NAME = {
     aten.hardswish.default: "hardswish",
     aten.sigmoid.default: "sigmoid",
 }
+# What bounds those that are given none.
+_BOUNDS = {aten.hardtanh.default: (-1.0, 1.0), aten.clamp.default: (-math.inf, math.inf)}
 
 
 def activation_of(node: Node) -> tuple[str, list[float]] | None:
@@ -22,9 +25,10 @@ def activation_of(node: Node) -> tuple[str, list[float]] | None:
         return _BY_NAME[node.target], []
     if node.target is aten.gelu.default:
         return "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu", []
-    if node.target is aten.hardtanh.default:
-        bounds: list[Any] = [*node.args[1:], *(-1.0, 1.0)[len(node.args) - 1 :]]
-        return "clamp", [float(bound) for bound in bounds]
+    if node.target in _BOUNDS:
+        given: list[Any] = [*node.args[1:], None, None]
+        bounds = [end if bound is None else bound for bound, end in zip(given, _BOUNDS[node.target], strict=False)]
+        return None if any(isinstance(bound, Node) for bound in bounds) else ("clamp", [float(b) for b in bounds])
     return None
 
 

@@ -1,5 +1,6 @@
 """lower_sparse_conv: which convolutions are lowered, with what, and which must not be."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -105,6 +106,23 @@ def test_leaves_other_functions_behind(activation: nn.Module) -> None:
     graph = captured(conv(), activation)
     assert graph.apply(lower_sparse_conv) == 1
     assert graph.nodes(SPARSE_CONV)[0].args[8] == "none"
+
+
+@pytest.mark.parametrize(
+    "bounds, expected",
+    [((0, 6), [0.0, 6.0]), ((-0.25, None), [-0.25, math.inf]), ((None, 2), [-math.inf, 2.0])],
+    ids=str,
+)
+def test_takes_clamp_along(bounds: tuple[Any, Any], expected: list[float]) -> None:
+    graph = function(lambda m, x: m.conv(x).clamp(*bounds), conv=conv())
+    assert graph.apply(lower_sparse_conv) == 1
+    assert graph.nodes(SPARSE_CONV)[0].args[8:] == ("clamp", expected) and graph.count(aten.clamp.default) == 0
+
+
+def test_leaves_clamp_by_tensors_behind() -> None:
+    graph = function(lambda m, x: m.conv(x).clamp(x.mean(), x.amax()), conv=conv())
+    assert graph.apply(lower_sparse_conv) == 1
+    assert graph.nodes(SPARSE_CONV)[0].args[8] == "none" and graph.count(aten.clamp.Tensor) == 1
 
 
 def test_clamp_behind_an_activation_stays() -> None:
