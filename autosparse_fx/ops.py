@@ -19,6 +19,7 @@ from autosparse_fx._compat import eager, inductor
 __all__ = ["anneal_gradient", "threshold_mask"]
 
 BLOCK = 2**18  # elements of a weight that are summed at a time in eager mode: their temporaries fit into a core's cache
+MOST = 2**30  # elsewhere: CUDA's libraries count elements in 32 bits, of which one is the sign
 
 _library = torch.library.Library("autosparse", "DEF")
 _library.define(
@@ -165,7 +166,7 @@ def signed_sum(grad: Tensor, weight: Tensor) -> Tensor:
     several times as much as the sum.
     """
     grad, weight = _flat(grad, weight), _flat(weight, weight)
-    size = BLOCK if weight.device.type == "cpu" else max(1, weight.numel())
+    size = BLOCK if weight.device.type == "cpu" else MOST
     blocks = zip(grad.split(size), weight.split(size), strict=True)
     return torch.stack([torch.dot(g, torch.sign(w).to(g.dtype)) for g, w in blocks]).sum().reshape(1)
 

@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import reference
 import torch
 from op_weights import ANNEAL, MASK, THRESHOLDS, make_threshold, run_op
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from autosparse_fx.ops import anneal_gradient, threshold_mask
+from autosparse_fx.ops import MOST, anneal_gradient, signed_sum, threshold_mask
 
 TOLERANCES = {
     torch.float64: {"rtol": 1e-12, "atol": 1e-12},
@@ -98,6 +100,29 @@ def test_a_long_low_precision_weight_sums_its_threshold_gradient_in_float32() ->
     s = torch.tensor([0.0])
     _, _, ds = run_op(weight, s, torch.tensor(0.0), torch.ones_like(weight))
     torch.testing.assert_close(ds, torch.tensor([-0.25 * (1 << 16)]), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(3, 2**31 + 5), (6, 8), (6, 0)])
+def test_sums_of_huge_weights_are_taken_in_parts_that_libraries_can_count(shape: tuple[int, ...]) -> None:
+    """On the meta device, which is no CPU either: CUDA's dot takes 2**31 - 1 elements at most."""
+    weight = torch.empty(shape, device="meta")
+    with Dots() as dots:
+        assert signed_sum(weight, weight).shape == (1,)
+    assert sum(dots.sizes) == weight.numel() and max(dots.sizes) < 2**31
+    assert len(dots.sizes) == max(1, -(-weight.numel() // MOST))
+
+
+class Dots(TorchDispatchMode):
+    """Notes how many elements each dot product has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.dot.default:
+            self.sizes.append(args[0].numel())
+        return func(*args, **(kwargs or {}))
 
 
 def test_the_survivors_shrink_by_the_cut_and_the_rest_is_zero() -> None:
