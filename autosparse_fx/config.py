@@ -19,6 +19,8 @@ __all__ = ["AutoSparse"]
 # The fields that a rule may set: alpha and everything about time belong to the whole model.
 RULE_FIELDS = ("target_sparsity", "threshold_init", "granularity")
 GRANULARITIES = ("layer", "channel")
+# A float32 still tells hundredths of the lowest apart, and the sigmoid of the highest from 1.
+LOGITS = (-1e5, 16.0)
 
 
 class _Rules(Mapping[str, "AutoSparse | None"]):
@@ -57,8 +59,8 @@ class AutoSparse:
         decay: how alpha falls over the training: ``"fixed"``, ``"linear"``, ``"cosine"``, ``"sigmoid"`` or
             ``"sigmoid_cosine"``.
         alpha_end: fraction in (0, 1] of the training after which alpha is exactly 0.
-        threshold_init: initial logit ``s`` of every threshold (the cut is ``sigmoid(s)``), or ``"auto"``: a small
-            cut relative to the standard deviation of each layer's own weights.
+        threshold_init: initial logit ``s`` of every threshold (the cut is ``sigmoid(s)``), 16 at most, or ``"auto"``: a
+            small cut relative to the standard deviation of each layer's own weights.
         threshold_scale: positive factor between the trained parameter and the logit,
             ``s = offset + threshold_scale * parameter``; it makes the weights' learning rate right for thresholds.
         granularity: one threshold per ``"layer"`` or per output ``"channel"``.
@@ -94,11 +96,11 @@ class AutoSparse:
         self._check_number("alpha", lambda x: 0 <= x <= 1, "a number in [0, 1]")
         self._check_choice("decay", tuple(DECAYS))
         self._check_number("alpha_end", lambda x: 0 < x <= 1, "a fraction in (0, 1]")
-        logit = 'a finite logit, or "auto"'
+        logit = f'a logit in [{LOGITS[0]:.0f}, {LOGITS[1]:.0f}], whose sigmoid is the cut, or "auto"'
         if isinstance(self.threshold_init, str):
             self._check_choice("threshold_init", ("auto",), logit)
         else:
-            self._check_number("threshold_init", math.isfinite, logit)
+            self._check_number("threshold_init", lambda x: LOGITS[0] <= x <= LOGITS[1], logit)
         self._check_number("threshold_scale", lambda x: 0 < x < math.inf, "a positive finite number")
         self._check_choice("granularity", GRANULARITIES)
         self._check_number("ramp_end", lambda x: 0 < x <= 1, "a fraction in (0, 1]")

@@ -13,6 +13,7 @@ from torch import nn
 
 import autosparse_fx
 from autosparse_fx import AutoSparse, GradientAnnealing
+from autosparse_fx.config import LOGITS
 from autosparse_fx.steering import MAX_CUT, scheduled_sparsity
 
 
@@ -222,8 +223,10 @@ def test_layers_of_very_different_scale_reach_the_target_and_none_is_emptied(fac
     assert max(reference.layer_sparsities(model).values()) <= 0.99
 
 
-def test_a_fixed_initial_logit_is_as_good_a_start() -> None:
-    model = train(reference.mlp(), AutoSparse(target_sparsity=0.9, threshold_init=-5.0))
+@pytest.mark.filterwarnings("ignore:weight '0.weight' begins with only zeros")
+@pytest.mark.parametrize("logit", [-5.0, *LOGITS])
+def test_a_fixed_initial_logit_is_as_good_a_start(logit: float) -> None:
+    model = train(reference.mlp(), AutoSparse(target_sparsity=0.9, threshold_init=logit))
     assert_target(model, 0.9, 0.1 * POINT)
 
 
