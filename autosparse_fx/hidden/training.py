@@ -30,6 +30,10 @@ from autosparse_fx.optimizers import optimizer_steps, steps_nowhere
 from autosparse_fx.plan import Plan
 
 _READ = "_autosparse_read"  # the version of a gradient that a step has seen
+_LIMIT = (
+    "or its recompile limit is reached, which models of a class share: TORCH_LOGS=recompiles says why, and "
+    "torch._dynamo.config.recompile_limit raises it"
+)
 _Held = tuple[nn.Parameter, HiddenMask]
 _Missed = tuple[nn.Parameter, str, bool]  # a weight, its name, whether it had a mask before
 _CURE = "prepare the model with model = autosparse_fx.sparsify(model) before making the optimizer"
@@ -43,6 +47,7 @@ class _Run:
         self._calls = -1
         self._tick = 0
         self._steps = 0
+        self._addresses: list[int] = []
         self._asked: list[_Missed] = []
         self._missed: list[_Missed] = []
         self._held: list[_Held] = []
@@ -101,7 +106,7 @@ class _Run:
             raise RuntimeError(
                 f"weight '{name}' {list(parameter.shape)} is trained, but no compiled graph has masked it: its "
                 "layer ran outside the compiled model, or where torch.compile leaves a model to eager mode (an "
-                f"nn.LSTM in it, a graph break inside a loop). {_CURE}, or leave the weight dense with "
+                f"nn.LSTM in it, a graph break inside a loop, {_LIMIT}). {_CURE}, or leave the weight dense with "
                 f"options={{'rules': {{{name!r}: None}}, ...}}"
             )
 
@@ -140,6 +145,10 @@ class _Run:
         finally:
             if found_inf is not None:
                 del self._twin.grad_scale, self._twin.found_inf  # type: ignore[attr-defined]
+        addresses = [mask.threshold.data_ptr() for _, mask in self._held]
+        if addresses != self._addresses:  # it gave thresholds other memory, by p.data = ..., than graphs were given
+            self._addresses = addresses
+            masks.touch()
         if steps_nowhere(optimizer):
             return
         self._steps += 1
@@ -231,10 +240,8 @@ def _refuse_dense_gradient(grad: Tensor, mask: HiddenMask) -> None:
     name = mask.weight.name
     raise RuntimeError(
         f"weight '{name}' {list(grad.shape)} is trained as a dense one: it has a gradient, but since the last step no "
-        "compiled graph has used its mask. Either the model is called that is not compiled, or torch.compile has "
-        "reached its recompile limit and runs the model in eager mode (TORCH_LOGS=recompiles says why). Call the "
-        "compiled model, and raise torch._dynamo.config.recompile_limit or mark what changes as dynamic; or "
-        f"{_CURE}"
+        "compiled graph has used its mask. Either the model is called that is not compiled, or torch.compile runs the "
+        f"model in eager mode ({_LIMIT}). Call the compiled model, and mark what changes as dynamic; or {_CURE}"
     )
 
 

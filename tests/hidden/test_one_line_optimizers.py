@@ -75,6 +75,25 @@ def test_an_optimizer_that_counts_in_its_groups() -> None:
     assert_same(*runs)
 
 
+class Assigning(SGD):
+    """Gives its parameters other memory at every step."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.data = p.data - group["lr"] * p.grad
+
+
+def test_an_optimizer_that_assigns_data() -> None:
+    runs = both(net(), lambda m: Assigning(m.parameters(), lr=0.5), config=OPEN)
+    before = {name: logit.clone() for name, logit in autosparse_fx.thresholds(runs[0].model).items()}
+    for run in runs:
+        run.steps(5)
+    assert_same(*runs)
+    assert any((logit != before[name]).any() for name, logit in autosparse_fx.thresholds(runs[0].model).items())
+
+
 # Gradients that something was done to.
 
 
