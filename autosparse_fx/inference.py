@@ -64,7 +64,8 @@ def compile_at_first_call(gm: GraphModule, patches: dict[str, Any]) -> Callable[
     gm, state = with_state_as_inputs(gm)
     inputs = dynamo_graphs.graph_inputs(gm)
     attributes = [tensor for number, tensor in state.items() if number >= given]
-    numbers, made, lock = list(state), [], threading.Lock()
+    numbers, lock = list(state), threading.Lock()
+    made: list[Callable[..., Any]] = []
 
     def compile_for(values: Sequence[Any]) -> Callable[..., Any]:
         graph = inference_graph(gm, [values[number] for number in numbers])
@@ -78,7 +79,7 @@ def compile_at_first_call(gm: GraphModule, patches: dict[str, Any]) -> Callable[
         values = (*args, *attributes)
         with lock:
             if not made:
-                with torch.no_grad(), aot_autograd.tracing_again(inputs):
+                with dynamo.compile_lock(), torch.no_grad(), aot_autograd.tracing_again(inputs):
                     made.append(compile_for(values))
         return made[0](*values)
 

@@ -1,4 +1,4 @@
-"""Threads that take turns as often as the interpreter lets them."""
+"""Threads that take turns as often as the interpreter lets them, and what locks keep them from."""
 
 import sys
 from collections.abc import Callable
@@ -15,3 +15,16 @@ def in_turns(count: int, work: Callable[[int], Any]) -> list[Any]:
             return list(pool.map(work, range(count)))
     finally:
         sys.setswitchinterval(interval)
+
+
+def is_free(lock: Any) -> bool:
+    """Whether another thread could take it."""
+
+    def attempt() -> bool:
+        found: bool = lock.acquire(blocking=False)
+        if found:
+            lock.release()
+        return found
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(attempt).result()

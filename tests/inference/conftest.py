@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 from kernels.models import Seen, small_layers_pay
+from threads import is_free
 from torch.fx import GraphModule
 
+from autosparse_fx._compat import dynamo
 from autosparse_fx.kernels.library import KernelLibrary
 
 
@@ -20,6 +22,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
         run(*arguments)
 
     def compile_fx(gm: GraphModule, inputs: Any, **_: Any) -> Callable[..., Any]:
+        assert not is_free(dynamo.compile_lock()), "Inductor's options are those of all threads"
         found.graphs.append(gm)
         return gm.forward
 

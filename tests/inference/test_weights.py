@@ -12,6 +12,7 @@ import pytest
 import torch
 from kernels.graphs import prune
 from kernels.models import Mlp, Seen, Stack, assert_same, check, compiled, dense, inputs_of, made
+from threads import is_free
 from torch import Tensor, nn
 from torch.nn.utils import prune as pruning
 
@@ -415,36 +416,15 @@ def test_threads_that_meet_a_write_compile_once_and_stay_sparse(seen: Seen, monk
     assert seen.programs == programs + 1
 
 
-def test_weights_are_compiled_anew_while_no_other_thread_compiles(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dynamo's lock is held as long, and no longer: tracing and Inductor's options are those of the process."""
-    lock: Any = dynamo.compile_lock()
-    compile_fx = torch._inductor.compile_fx.compile_fx
-    free: list[bool] = []
-
-    def try_lock() -> bool:
-        found = lock.acquire(blocking=False)
-        if found:
-            lock.release()
-        return found
-
-    def is_free() -> bool:
-        """For other threads."""
-        with ThreadPoolExecutor(1) as pool:
-            return pool.submit(try_lock).result()
-
-    def compile_and_look(*args: Any, **kwargs: Any) -> Any:
-        free.append(is_free())
-        return compile_fx(*args, **kwargs)
-
-    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_and_look)
+def test_weights_are_compiled_anew_while_no_other_thread_compiles(seen: Seen) -> None:
+    """The lock is held as long (``seen`` looks at it), and no longer."""
     model = made()
     fast = compiled(model)
-    for _ in range(2):
+    for count in (1, 2, 3):
         check(fast, model, X)
-        assert is_free()
+        assert seen.compilations == count and is_free(dynamo.compile_lock())
         with torch.no_grad():
             model.first.weight.mul_(2.0)
-    assert free == [False, False]
 
 
 def test_mlp_keeps_nothing_of_its_input() -> None:
