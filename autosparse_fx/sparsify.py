@@ -123,9 +123,17 @@ def sparsify(
         prepared_masks.append((candidate, weight, *made, alpha))
     begun = [(weight, c.parameter) for c, weight, *_ in prepared_masks if hidden_mask(c.parameter) is None]
     warn_of_only_zeros(begun, stacklevel=2)
-    for candidate, weight, threshold, offset, alpha in prepared_masks:
-        for module, name in candidate.holders:
-            attach(module, Slot(name, candidate.axis or 0), weight, plan, threshold, offset, alpha)
+    attached: list[tuple[nn.Module, str]] = []
+    try:
+        for candidate, weight, threshold, offset, alpha in prepared_masks:
+            for module, name in candidate.holders:
+                attach(module, Slot(name, candidate.axis or 0), weight, plan, threshold, offset, alpha)
+                attached.append((module, name))
+    except BaseException:  # a class that lets no other take its place, say
+        for module, name in attached:
+            detach_weight(module, name)
+        raise
+    for candidate, *_ in prepared_masks:
         release(candidate.parameter)
     for module in model.modules():
         if isinstance(module, _READS_CHILDREN) and not isinstance(module, MaskedModule):

@@ -269,3 +269,23 @@ def test_weight_without_a_threshold_reads_as_the_plain_parameter() -> None:
     model = sparsify(nn.Linear(4, 3), AutoSparse(threshold_init=-1.0))
     model._parameters["weight_threshold"] = None
     assert model.weight is model._parameters["weight"]
+
+
+class Unchanging(nn.Linear):
+    """Lets no other class take the place of its own."""
+
+    @property
+    def __class__(self) -> Any:
+        return Unchanging
+
+    @__class__.setter
+    def __class__(self, value: Any) -> None:
+        raise TypeError("mine")
+
+
+def test_a_layer_that_cannot_be_masked_leaves_those_before_it_as_they_were() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4), Unchanging(4, 4))
+    with unchanged(model), pytest.raises(TypeError, match="mine"):
+        sparsify(model)
+    assert masked_names(model) == set()
+    assert type(model[0]) is nn.Linear and type(model[1]) is nn.LSTM
