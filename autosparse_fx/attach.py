@@ -25,7 +25,11 @@ def attach(
             remask(module, (*others, slot), plan)
     else:
         module.__dict__["_autosparse"] = ModuleState(plan, {slot.name: weight})
-        remask(module, (slot,), plan)
+        try:
+            remask(module, (slot,), plan)
+        except BaseException:
+            del module.__dict__["_autosparse"]
+            raise
     module._parameters[slot.threshold] = threshold
     module._buffers[slot.offset] = offset
     module._buffers[ALPHA] = alpha

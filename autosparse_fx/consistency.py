@@ -57,7 +57,7 @@ def refuse_broken_ties(model: nn.Module) -> None:
 def _refuse_shared_memory(model: nn.Module) -> None:
     by_storage: dict[int, list[Candidate]] = {}
     for candidate in collect(model):
-        parameter = candidate.parameter
+        parameter: Tensor = candidate.parameter
         if parameter.numel() and not parameter.is_meta and not eager.is_traceable_wrapper_subclass(parameter):
             by_storage.setdefault(parameter.untyped_storage().data_ptr(), []).append(candidate)
     for sharing in by_storage.values():
@@ -79,7 +79,7 @@ def _overlap(one: Tensor, other: Tensor) -> bool:
     ranges = [(t.storage_offset(), t.storage_offset() + _extent(t)) for t in (one, other)]
     start, stop = max(first for first, _ in ranges), min(last for _, last in ranges)
     if start >= stop or one.numel() + other.numel() == ranges[0][1] - ranges[0][0] + ranges[1][1] - ranges[1][0]:
-        return start < stop
+        return bool(start < stop)
     used = torch.zeros(max(last for _, last in ranges), dtype=torch.bool)
     used.as_strided(one.shape, one.stride(), one.storage_offset()).fill_(True)
     return bool(used.as_strided(other.shape, other.stride(), other.storage_offset()).any())
