@@ -1,6 +1,7 @@
 """Whether the masks of a model still belong to its weights: what was tied, untied or replaced since ``sparsify``."""
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ def refuse_broken_ties(model: nn.Module) -> None:
 def _refuse_shared_memory(model: nn.Module) -> None:
     by_storage: dict[int, list[Candidate]] = {}
     for candidate in collect(model):
-        parameter: Tensor = candidate.parameter
+        parameter: Any = candidate.parameter
         if parameter.numel() and not parameter.is_meta and not eager.is_traceable_wrapper_subclass(parameter):
             by_storage.setdefault(parameter.untyped_storage().data_ptr(), []).append(candidate)
     for sharing in by_storage.values():
