@@ -17,11 +17,11 @@ from autosparse_fx.hidden.masks import (
     shared_alpha,
     take_off,
 )
-from autosparse_fx.initial import new_mask
+from autosparse_fx.initial import new_mask, warn_of_only_zeros
 from autosparse_fx.masked import MaskedModule
 from autosparse_fx.ownership import Place, is_finalized, places
 from autosparse_fx.plan import MaskedWeight, Plan
-from autosparse_fx.selection import check_tensor, collect, is_maskable, owner, reason, refuse_wrappers, role
+from autosparse_fx.selection import check_tensor, collect, is_maskable, owner, reason, refuse_wrappers, role, unmatched
 
 
 def register(weights: Mapping[nn.Parameter, int], around: list[nn.Parameter], request: Request) -> None:
@@ -93,6 +93,7 @@ def register(weights: Mapping[nn.Parameter, int], around: list[nn.Parameter], re
             threshold, offset = new_mask(parameter, axis, weight)
             alpha = shared_alpha(plan, parameter.device)
         insert(parameter, HiddenMask(weight, request, plan, axis, threshold, offset, alpha))
+    warn_of_only_zeros([(weight, parameter) for parameter, _, weight, _ in made], stacklevel=2)
 
 
 @contextmanager
@@ -142,9 +143,7 @@ def _plans(roots: Iterable[nn.Module], found: Mapping[int, Place], request: Requ
     for pattern in request.config.rules if new and not plans else ():
         if not any(matches(pattern, name) for name in names):
             weights = ", ".join(c.name for c in candidates if c.axis is not None) or "none"
-            raise ValueError(
-                f"options: rules: {pattern!r} matches no parameter of the model; its weights are {weights}"
-            )
+            raise ValueError(f"options: rules: {unmatched(pattern, candidates)}; its weights are {weights}")
     for root in new:
         plan = plans[id(root)] = Plan(request.config, total_steps=request.total_steps)
         registry.plans.setdefault(root, []).append((request, plan))

@@ -163,3 +163,13 @@ def test_compiling_a_graph_anew_forgets_nothing() -> None:
         compiled(X, p).sum().backward()
     assert set(thresholds(model)) == {"body.weight"}
     assert "weight 'head.weight' [16, 16] is trained, but no compiled graph has masked it" in error(optimizer.step)
+
+
+def test_a_rule_that_names_a_module_says_how_to_name_its_weights() -> None:
+    text = error(one_line(nn.Sequential(reference.mlp()), rules={"0": None}), X)
+    assert "options: rules: '0' matches no parameter of the model: '0' is a module: write '0.*'" in text
+
+
+def test_a_cut_that_was_taken_for_a_logit_is_told() -> None:
+    with pytest.warns(UserWarning, match=r"weight '0\.weight' begins with only zeros.*threshold_init=0\.5 is a logit"):
+        one_line(reference.mlp(), threshold_init=0.5)(X)
