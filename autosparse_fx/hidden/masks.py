@@ -193,7 +193,7 @@ def release(parameter: nn.Parameter) -> None:
     registry.missed.pop(parameter, None)
 
 
-def take_off(parameter: nn.Parameter) -> HiddenMask | None:
+def take_off(parameter: Tensor) -> HiddenMask | None:
     mask: HiddenMask | None = registry.masks.pop(parameter, None)
     if mask is not None:
         registry.members += 1

@@ -12,6 +12,7 @@ from autosparse_fx.hidden.masks import (
     Request,
     hidden_mask,
     insert,
+    masked_parameters,
     registry,
     served,
     shared_alpha,
@@ -103,13 +104,14 @@ def undone_on_error() -> Iterator[None]:
     Dynamo raises not only where a compilation fails: it also does to begin one anew, and then what the graphs before
     have registered has to stay.
     """
-    masked = set(map(id, registry.masks))
+    masked = {id(parameter) for parameter, _ in masked_parameters()}
     missed, dense, seen = registry.missed.copy(), registry.dense.copy(), registry.seen.copy()
     try:
         yield
     except BaseException:
-        for parameter in [parameter for parameter in registry.masks if id(parameter) not in masked]:
-            take_off(parameter)
+        for parameter, _ in masked_parameters():
+            if id(parameter) not in masked:
+                take_off(parameter)
         registry.missed, registry.dense, registry.seen = missed, dense, seen
         raise
 
