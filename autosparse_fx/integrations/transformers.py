@@ -1,6 +1,7 @@
 """AutoSparseCallback for Hugging Face: ``Trainer(..., callbacks=[AutoSparseCallback(target_sparsity=0.9)])``."""
 
 import inspect
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -10,6 +11,7 @@ from autosparse_fx.annealing import GradientAnnealing
 from autosparse_fx.attach import masked_modules
 from autosparse_fx.config import AutoSparse
 from autosparse_fx.integrations.run import SparseRun
+from autosparse_fx.masked_state import stored_weight
 
 try:
     from transformers.trainer_callback import CallbackHandler, ExportableState, TrainerCallback
@@ -30,8 +32,11 @@ class AutoSparseCallback(TrainerCallback, ExportableState):
 
     The model is prepared when the Trainer is made, before its optimizer. The annealer counts the optimizer's steps, so
     gradient accumulation and mixed precision need no setting. ``sparsity`` and ``alpha`` are in every training log.
-    What resuming needs is in the checkpoints. ``load_best_model_at_end`` chooses among the models of which the
-    sparsity has reached its target: earlier ones are not sparse yet.
+    What resuming needs is in the checkpoints, if these hold the whole model. ``load_best_model_at_end`` chooses among
+    the models of which the sparsity has reached its target: earlier ones are not sparse yet.
+
+    Warns:
+        UserWarning: if the checkpoints, being of PEFT, lack the thresholds and zeros of frozen weights.
 
     Args:
         config: what to make sparse and how; 80 % sparsity by default. Left out where the model was prepared before.
@@ -115,6 +120,7 @@ class AutoSparseCallback(TrainerCallback, ExportableState):
             step=state.global_step,
             saved=None if saved is None else saved["attributes"]["resumed"],
         )
+        _warn_of_adapters(model)
 
     def on_step_begin(
         self,
@@ -160,6 +166,24 @@ class AutoSparseCallback(TrainerCallback, ExportableState):
             "args": {"finalize": self._run.finalize, "total_steps": self._run.total_steps, **fields},
             "attributes": {"resumed": self._run.state()},
         }
+
+
+def _warn_of_adapters(model: nn.Module) -> None:
+    """Warn where the checkpoints of PEFT, which hold the adapters alone, lack what is made sparse."""
+    frozen = [
+        weight.name
+        for _, module in masked_modules(model)
+        for slot in module._autosparse_slots
+        if not stored_weight(module, slot).requires_grad and (weight := module._autosparse.weights[slot.name])
+    ]
+    if hasattr(model, "peft_config") and frozen:
+        warnings.warn(
+            "the checkpoints of a model of PEFT hold its adapters, and neither the thresholds nor the zeros of its base "
+            f"('{frozen[0]}', {len(frozen)} weights in all): a training cannot be resumed from them, nor the model be "
+            "put together again. Make the base sparse first, finalize and save it, and train adapters on that; or "
+            "leave it dense with rules, or save the whole state_dict() yourself",
+            stacklevel=2,
+        )
 
 
 def _go_first(callback: AutoSparseCallback) -> None:

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,19 @@ def test_other_training_is_not_resumed(tmp_path: Path) -> None:
         assert ("AutoSparseCallback" in saved["stateful_callbacks"]) == (path == "sparse")
         with pytest.raises(ValueError, match=message):
             trainer(gpt2(), tmp_path, callback, **arguments).train(resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_checkpoints_that_lack_what_is_sparse_are_warned_of(frozen: bool, tmp_path: Path) -> None:
+    model = gpt2()
+    model.transformer.h.requires_grad_(not frozen)
+    model.peft_config = {}  # as PEFT marks a model of which it saves the adapters
+    run = trainer(model, tmp_path, AutoSparseCallback(target_sparsity=0.5), max_steps=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run.train()
+    found = [str(w.message) for w in caught if "PEFT" in str(w.message)]
+    assert len(found) == frozen and all("'transformer.h.0.attn.c_attn.weight', 4 weights" in text for text in found)
 
 
 def test_training_again_begins_again(tmp_path: Path) -> None:
