@@ -35,9 +35,6 @@ class AutoSparseCallback(TrainerCallback, ExportableState):
     What resuming needs is in the checkpoints, if these hold the whole model. ``load_best_model_at_end`` chooses among
     the models of which the sparsity has reached its target: earlier ones are not sparse yet.
 
-    Warns:
-        UserWarning: if the checkpoints, being of PEFT, lack the thresholds and zeros of frozen weights.
-
     Args:
         config: what to make sparse and how; 80 % sparsity by default. Left out where the model was prepared before.
         finalize: at the end of ``train`` make the model plain again, with real zeros in its weights, so that
@@ -50,6 +47,9 @@ class AutoSparseCallback(TrainerCallback, ExportableState):
 
     Raises:
         TypeError, ValueError: naming the argument and what it accepts.
+
+    Warns:
+        UserWarning: if the checkpoints, being of PEFT, lack the thresholds and zeros of frozen weights.
 
     Example::
 
@@ -178,7 +178,7 @@ def _warn_of_adapters(model: nn.Module) -> None:
     ]
     if hasattr(model, "peft_config") and frozen:
         warnings.warn(
-            "the checkpoints of a model of PEFT hold its adapters, and neither the thresholds nor the zeros of its base "
+            "the checkpoints of a model of PEFT hold its adapters, and neither thresholds nor zeros of their base "
             f"('{frozen[0]}', {len(frozen)} weights in all): a training cannot be resumed from them, nor the model be "
             "put together again. Make the base sparse first, finalize and save it, and train adapters on that; or "
             "leave it dense with rules, or save the whole state_dict() yourself",
