@@ -36,7 +36,7 @@ MAX_HELD_CALLS = 20  # of step() in a row that may have come after no optimizer 
 MAX_UNHEARD_STEPS = 20  # of one optimizer that trains masked weights, between two that were counted
 
 _annealers: "weakref.WeakSet[GradientAnnealing]" = weakref.WeakSet()
-_lock = threading.Lock()  # of that set
+_lock = threading.RLock()  # of that set
 
 
 class GradientAnnealing:
@@ -64,9 +64,9 @@ class GradientAnnealing:
         history: alpha, sparsity and cuts over the training; see :class:`~autosparse_fx.history.History`.
 
     Raises:
-        ValueError: if the model is not sparse, ``total_steps`` is no positive whole number, a target is out of reach,
-            weights were tied or untied outside of ``dense_weights``, or momentum is to be cleared without an optimizer
-            or in sharded weights.
+        ValueError: if the model is not sparse, ``total_steps`` is no positive whole number, ``max_layer_sparsity`` puts
+            a target out of reach, weights were tied or untied outside of ``dense_weights`` or share memory, or momentum
+            is to be cleared without an optimizer or in sharded weights.
         TypeError: if ``model`` is no module, or ``optimizer`` no optimizer, or a wrapper that hides the hooks of one,
             or ``clear_momentum`` no bool.
 
@@ -74,7 +74,8 @@ class GradientAnnealing:
         UserWarning: if a layer joined the model after ``sparsify``, and so is dense; if alpha is 0 throughout and a
             weight holds nothing but zeros, which no gradient reaches; if an annealer of more of the model is stopped
             for this one; at the second step, if masked weights or thresholds are in none of the optimizers that have
-            stepped by then; and if another optimizer trains masked weights for 20 steps without one that counts.
+            stepped by then; if another optimizer trains masked weights for 20 steps without one that counts; and once
+            for each target, if it is out of reach: the training then goes on as sparse as can be.
     """
 
     def __init__(
@@ -200,6 +201,11 @@ class GradientAnnealing:
         """The alpha of the next backward pass."""
         config = self._config
         return annealed_alpha(config.alpha, config.decay, config.alpha_end, min(1.0, self._count / self.total_steps))
+
+    @property
+    def out_of_reach(self) -> frozenset[float]:
+        """The targets of which a shift has fallen short, because weights are too large for any cut."""
+        return frozenset(self._controller.out_of_reach)
 
     @property
     def scheduled_sparsity(self) -> float | None:
@@ -361,14 +367,15 @@ class GradientAnnealing:
         if steering or recording:
             self._modules = masked_modules(self._model)  # dense_weights and finalize may have changed which there are
             self._modules = self._masked()
-        if steering:
-            self._shift()
+        warned = self._shift() if steering else []
         if recording and self._modules:
             self._record()
+        for text in warned:  # which may be an error to whoever asked for that
+            warnings.warn(text, stacklevel=4)
 
-    def _shift(self) -> None:
+    def _shift(self) -> list[str]:
         modules = [module for _, module in self._modules]
-        self._controller.shift(modules, self._count / self.total_steps, exact=self._settling())
+        return self._controller.shift(modules, self._count / self.total_steps, exact=self._settling())
 
     def _record(self) -> None:
         weights: dict[int, tuple[str, str, Tensor, Tensor]] = {}

@@ -50,8 +50,8 @@ def remask(module: nn.Module, slots: tuple[Slot, ...], plan: Plan) -> None:
         )
     base = module._autosparse_base if isinstance(module, MaskedModule) else type(module)
     module.__dict__.setdefault("_autosparse", ModuleState(plan, {}))
-    module.__dict__.pop("_flat_weights", None)
     module.__class__ = masked_class(base, slots, plan.config.threshold_scale)
+    module.__dict__.pop("_flat_weights", None)
 
 
 def detach_weight(module: nn.Module, name: str) -> None:

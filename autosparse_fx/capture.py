@@ -1,5 +1,7 @@
 """Capture the graphs of a model on example inputs, without leaving a trace in it."""
 
+import copy
+import logging
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +20,8 @@ from autosparse_fx.hidden.graph import mark_weights
 from autosparse_fx.passes import DYNAMO_PASSES
 from autosparse_fx.passes.find_weights import find_weights
 from autosparse_fx.recorded import recorded
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -129,8 +133,9 @@ def multiplied_parameters(
     """Return the ids of the parameters that ``model`` multiplies by when called on ``example_inputs``, and the axis of
     the output channels of each.
 
-    The model runs once, with gradients enabled, in the mode that it is in, and once more where Dynamo left some of it
-    to eager mode. Its buffers and the random state are restored.
+    The model runs once, in the mode that it is in: without gradients, or with them if it cannot, as one that
+    differentiates in its forward. Once more where Dynamo left some of it to eager mode. Its buffers, gradients and the
+    random state are restored.
     """
     used: dict[int, int] = {}
     seen: set[int] = set()  # by any graph
@@ -142,11 +147,35 @@ def multiplied_parameters(
         return gm.forward
 
     inputs = unmarked(example_inputs)
-    with dynamo.graph_break_reasons() as breaks, torch.enable_grad():
-        run_captured(model, inputs, backend)
+    again = _copied(inputs)  # a model may write to its inputs
+    gradients = [(p, p.grad) for p in model.parameters()]
+    with dynamo.graph_break_reasons() as breaks:
+        with_grad = False
+        try:
+            with torch.no_grad():
+                run_captured(model, inputs, backend)
+        except ValueError:
+            with_grad = True
+            with torch.enable_grad():
+                run_captured(model, _copied(again), backend)
         if breaks or any(p.dim() > 1 and id(p) not in seen for p in model.parameters()):
-            used = {**_multiplied_in_eager_mode(model, inputs), **used}
+            try:
+                with torch.set_grad_enabled(with_grad):
+                    used = {**_multiplied_in_eager_mode(model, again), **used}
+            except Exception as error:  # the model has just run: what cannot be recorded is no reason to stop
+                log.info("products outside of graphs were not looked for: %s: %s", type(error).__name__, error)
+    for parameter, gradient in gradients:
+        parameter.grad = gradient
     return used
+
+
+def _copied(example_inputs: Any) -> Any:
+    def copied(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.detach().clone().requires_grad_(value.requires_grad)
+        return copy.deepcopy(value)
+
+    return eager.tree_map(copied, example_inputs)
 
 
 def _multiplied_in_eager_mode(model: nn.Module, example_inputs: Any) -> dict[int, int]:

@@ -1,12 +1,10 @@
 """Whether the masks of a model still belong to its weights: what was tied, untied or replaced since ``sparsify``."""
 
-import itertools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from autosparse_fx._compat import eager
 from autosparse_fx.hidden.masks import hidden_mask
 from autosparse_fx.masked import MaskedModule
 from autosparse_fx.masked_state import mask_state
@@ -20,9 +18,8 @@ _CURE = (
 
 
 def refuse_broken_ties(model: nn.Module) -> None:
-    """Raise where a masked tensor is read dense or under another mask somewhere, or shares its mask with another.
-
-    Or in memory that another parameter has as well.
+    """Raise where a masked tensor is read dense or under another mask somewhere, or shares its mask or its memory with
+    another.
 
     Raises:
         ValueError: naming the weight, where else it is held, and the cure.
@@ -56,32 +53,40 @@ def refuse_broken_ties(model: nn.Module) -> None:
 
 
 def _refuse_shared_memory(model: nn.Module) -> None:
-    by_storage: dict[int, list[Candidate]] = {}
+    by_storage: dict[int, list[tuple[int, int, Candidate]]] = {}
     for candidate in collect(model):
         parameter: Any = candidate.parameter
-        if parameter.numel() and not parameter.is_meta and not eager.is_traceable_wrapper_subclass(parameter):
-            by_storage.setdefault(parameter.untyped_storage().data_ptr(), []).append(candidate)
+        is_plain = type(parameter) is nn.Parameter and parameter.layout is torch.strided and not parameter.is_meta
+        if is_plain and parameter.numel():
+            start = parameter.storage_offset() * parameter.itemsize
+            stop = start + _extent(parameter) * parameter.itemsize
+            by_storage.setdefault(parameter.untyped_storage()._cdata, []).append((start, stop, candidate))
     for sharing in by_storage.values():
-        masked = {id(c) for c in sharing if is_masked(c) or hidden_mask(c.parameter) is not None}
-        for one, other in itertools.combinations(sharing if masked else (), 2):
-            if not masked.isdisjoint((id(one), id(other))) and _overlap(one.parameter, other.parameter):
-                raise ValueError(
-                    f"weights {_describe(one)} and {_describe(other)} are two parameters in the same memory, where a "
-                    "mask of one would be the other's as well: make them one parameter that both places hold (of which "
-                    "one may use the transpose in its forward), or give each memory of its own, as "
-                    "nn.Parameter(weight.detach().clone()) has it"
-                )
+        sharing.sort(key=lambda item: item[:2])
+        for number, (_, stop, one) in enumerate(sharing):
+            for start, _, other in sharing[number + 1 :]:
+                if start >= stop:
+                    break
+                if (_has_mask(one) or _has_mask(other)) and _overlap(one.parameter, other.parameter):
+                    raise ValueError(
+                        f"weights {_describe(one)} and {_describe(other)} are two parameters in the same memory, where "
+                        "a mask of one would be the other's as well: make them one parameter that both places hold (of "
+                        "which one may use the transpose in its forward), or give each memory of its own, as "
+                        "nn.Parameter(weight.detach().clone()) has it"
+                    )
+
+
+def _has_mask(candidate: Candidate) -> bool:
+    return is_masked(candidate) or hidden_mask(candidate.parameter) is not None
 
 
 def _overlap(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors on one storage have an element in common."""
+    """Whether two tensors that lie between the same places of one storage have an element in common."""
     if one.dtype != other.dtype:
         return True
-    ranges = [(t.storage_offset(), t.storage_offset() + _extent(t)) for t in (one, other)]
-    start, stop = max(first for first, _ in ranges), min(last for _, last in ranges)
-    if start >= stop or one.numel() + other.numel() == ranges[0][1] - ranges[0][0] + ranges[1][1] - ranges[1][0]:
-        return bool(start < stop)
-    used = torch.zeros(max(last for _, last in ranges), dtype=torch.bool)
+    if _extent(one) == one.numel() and _extent(other) == other.numel():
+        return True
+    used = torch.zeros(max(t.storage_offset() + _extent(t) for t in (one, other)), dtype=torch.bool)
     used.as_strided(one.shape, one.stride(), one.storage_offset()).fill_(True)
     return bool(used.as_strided(other.shape, other.stride(), other.storage_offset()).any())
 

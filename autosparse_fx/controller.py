@@ -1,6 +1,5 @@
 """The controller of an annealer: it shifts thresholds to the scheduled sparsity, and finds out where that failed."""
 
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -29,13 +28,14 @@ class Controller:
 
     Attributes:
         floors: pairs of a target and the sparsity that the training began with; None before its first step.
+        out_of_reach: targets that a shift has fallen short of.
     """
 
     def __init__(self, config: AutoSparse) -> None:
         self._config = config
         self.floors: list[list[float]] | None = None
         self._checks: list[_DeferredCheck] = []
-        self._out_of_reach: set[float] = set()  # targets that were warned of
+        self.out_of_reach: set[float] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_checks": []}
@@ -64,16 +64,17 @@ class Controller:
         floors = [min(target, floor) for theirs, floor in self.floors or [] if theirs == target]
         return max([scheduled_sparsity(target, self._config.ramp_end, progress), *floors])
 
-    def shift(self, modules: Iterable[MaskedModule], progress: float, *, exact: bool) -> None:
+    def shift(self, modules: Iterable[MaskedModule], progress: float, *, exact: bool) -> list[str]:
         """Shift the thresholds of ``modules`` to where the schedule has them.
+
+        Returns:
+            What to warn of: once for each target, that this shift, or on a GPU the one before it, fell short of the
+            schedule.
 
         Raises:
             RuntimeError: if this shift, or on a GPU the one before it, was not finite.
-
-        Warns:
-            UserWarning: once for each target, if it, or on a GPU the one before it, fell short of the schedule.
         """
-        self._look_at(self._take_checks(on_device=True))
+        warned = self._look_at(self._take_checks(on_device=True))
         groups = steered_groups(modules)
         exact = exact or progress == 1
         for (target, _), weights in groups.items():
@@ -81,19 +82,19 @@ class Controller:
             limit = self._config.max_layer_sparsity
             shift = steer(weights, sparsity, limit, ramping=sparsity < target, exact=exact)
             self._checks.append(_DeferredCheck(shift, weights, target))
-        self._look_at(self._take_checks(on_device=progress == 1))
+        return warned + self._look_at(self._take_checks(on_device=progress == 1))
 
-    def _look_at(self, checks: "list[_DeferredCheck]") -> None:
+    def _look_at(self, checks: "list[_DeferredCheck]") -> list[str]:
+        found = []
         for check in checks:
             finite, reached = check.result()
             if not finite:
                 raise RuntimeError(explain_divergence(check.weights))
-            if not reached and check.target not in self._out_of_reach:
-                self._out_of_reach.add(check.target)
-                warnings.warn(
-                    f"{explain_out_of_reach(check.weights, check.target)}. The training goes on as sparse as can be",
-                    stacklevel=2,
-                )
+            if not reached and check.target not in self.out_of_reach:
+                self.out_of_reach.add(check.target)
+                why = explain_out_of_reach(check.weights, check.target)
+                found.append(f"{why}. The training goes on as sparse as can be")
+        return found
 
     def _take_checks(self, *, on_device: bool) -> "list[_DeferredCheck]":
         """Those that need no waiting, or all of them."""

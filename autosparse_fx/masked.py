@@ -224,10 +224,12 @@ class _MaskedDict(MaskedModule):
         return super().copy() if _are_stored(values.values()) else values  # type: ignore[misc]
 
     def __or__(self, other: Any) -> Any:
-        return {**self.copy(), **other}
+        own = self.copy()
+        return {**own, **other} if isinstance(own, dict) else super().__or__(other)  # type: ignore[misc]
 
     def __ror__(self, other: Any) -> Any:
-        return {**other, **self.copy()}
+        own = self.copy()
+        return {**other, **own} if isinstance(own, dict) else super().__ror__(other)  # type: ignore[misc]
 
 
 def _are_stored(values: Iterable[Any]) -> bool:

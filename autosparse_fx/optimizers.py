@@ -32,7 +32,7 @@ class OptimizerSteps:
         self._last: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         self._handle: Any = None
         self._listeners: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._lock = threading.Lock()  # annealers come and go, and optimizers step, in several threads
+        self._lock = threading.RLock()  # annealers come and go, and optimizers step, in several threads
 
     def start(self, listener: Any) -> None:
         """Call ``listener.saw_step(optimizer)`` after every step, as long as it lives."""

@@ -32,6 +32,8 @@ def recorded(state: Iterable[Tensor]) -> Iterator[tuple[GraphModule, dict[Node, 
 
 
 class _Run(TorchDispatchMode):
+    supports_higher_order_operators = True
+
     def __init__(self, graph: Graph) -> None:
         super().__init__()
         self._graph = graph
@@ -70,11 +72,15 @@ class _Run(TorchDispatchMode):
         """A tensor without data for one, a view of that of an input where it is a view of the input."""
         if not isinstance(value, Tensor):
             return value
-        if value.layout != torch.strided:
+        if not _is_strided(value):
             return None
-        base = next((i for i in inputs if i.layout == torch.strided and share_storage(i, value)), None)
+        base = next((i for i in inputs if _is_strided(i) and share_storage(i, value)), None)
         storage = torch.UntypedStorage(value.untyped_storage().nbytes(), device="meta")
         if base is not None:
             storage = self._nodes[base].meta["val"].untyped_storage()
         made = torch.empty(0, dtype=value.dtype, device="meta")
         return made.set_(storage, value.storage_offset(), value.shape, value.stride())
+
+
+def _is_strided(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_nested

@@ -122,7 +122,7 @@ def _count_zeros(model: nn.Module) -> SparsityReport:
         dense_bytes += size
         stored_bytes += size  # less what is saved below
         masked = by_weight.get(id(candidate.parameter))
-        pruned = pruned_value(candidate)
+        pruned = None if masked is not None or prepared else pruned_value(candidate)
         listed = candidate.axis is not None or was_masked(candidate.parameter) or pruned is not None
         if masked is None and (prepared or not listed):
             if prepared:

@@ -200,8 +200,10 @@ def explain_divergence(weights: list[SteeredWeight]) -> str:
 
 def explain_out_of_reach(weights: list[SteeredWeight], target: float) -> str:
     """What to say where ``weights`` cannot have the sparsity that the shift was for."""
-    values = [full_tensor(stored_weight(weight.module, weight.slot).detach()) for weight in weights]
-    above, numel = sum(int((v.abs() > MAX_CUT).sum()) for v in values), sum(v.numel() for v in values)
+    above = numel = 0
+    for weight in weights:  # one at a time: where they are sharded each is gathered whole
+        values = full_tensor(stored_weight(weight.module, weight.slot).detach())
+        above, numel = above + int((values.abs() > MAX_CUT).sum()), numel + values.numel()
     return (
         f"target_sparsity={target} cannot be reached over {len(weights)} weights ('{weights[0].name}', ...): "
         f"{above / max(1, numel):.1%} of their elements are above {MAX_CUT}, where no cut sigmoid(s) reaches, and of "
@@ -316,13 +318,13 @@ def _common_shift(margins: _Margins, numel: Tensor, cap: Tensor, sparsity: float
             layer_d = torch.where(bounded, edge[within.clamp(min=0)], layer_d)
             layer_d = torch.where(zeros >= cap, 0.0, layer_d)
             is_enough = reached[-1] >= sparsity - TOLERANCE
-        at = torch.searchsorted(reached, torch.full_like(reached[:1], sparsity))[0].clamp(1, BINS)
+        at = torch.searchsorted(reached, torch.full_like(reached[:1], sparsity)).clamp(1, BINS)  # [1]: 0-d would wait
         below, above = reached[at - 1], reached[at]
         part = ((sparsity - below) / (above - below).clamp(min=1e-12)).clamp(0, 1)
         low, high = edge[at - 1], edge[at]
         d = low + part * (high - low)
     d = torch.where(margins.any, d, 0.0)  # where there are only zeros none is to be made
-    return d, layer_d, is_enough
+    return d.squeeze(0), layer_d, is_enough
 
 
 def _read(weight: SteeredWeight, limit: int) -> tuple[Tensor, _Sample]:

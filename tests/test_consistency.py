@@ -179,3 +179,13 @@ def test_parameters_in_the_same_memory_that_are_not_masked_are_nobodys_business(
     model.append(nn.Linear(6, 4))
     sparsify(model, AutoSparse(rules={"0.weight": None, "2.weight": None}))
     assert report(model).layers[0].name == "3.weight"
+
+
+def test_parameters_of_other_kinds_in_a_model_are_nobodys_business() -> None:
+    flat = torch.randn(64)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.LazyBatchNorm1d())
+    model[1].weight = nn.Parameter(flat[:16].view(4, 4))
+    model[1].bias = nn.Parameter(flat[16:].view(torch.bfloat16)[:4].detach())  # another dtype, behind it in memory
+    model.register_parameter("adjacency", nn.Parameter(torch.eye(3).to_sparse()))
+    sparsify(model)
+    GradientAnnealing(model, 10)

@@ -55,5 +55,6 @@ def test_containers_give_containers_where_they_hold_the_stored_weights() -> None
     with dense_weights(model):
         assert type(model.list[1:]) is nn.ParameterList and type(model.dict.copy()) is nn.ParameterDict
         assert model.list[1:][0] is model.list[1]
+        assert type(model.dict | model.more) is type(model.more | model.dict) is nn.ParameterDict
     finalize(model)
     assert type(model.list[1:]) is nn.ParameterList and type(model.dict.copy()) is nn.ParameterDict

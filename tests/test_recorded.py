@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import warnings
 import weakref
 
 import pytest
@@ -117,3 +118,63 @@ def test_a_model_that_differentiates_in_its_forward_can_be_run() -> None:
     with torch.no_grad():  # where the model is prepared
         sparsify(model, example_inputs=torch.randn(5, 3))
     assert masked_names(model) == {"w"} and all(p.grad is None for p in model.parameters())
+
+
+class Branching(nn.Module):
+    """Breaks its graph, branches by an operator, and writes to what it is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.v = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor, cache: list[Tensor]) -> Tensor:
+        cache.append(x.clone())
+        x.mul_(2)
+        for _ in range(1):
+            torch._dynamo.graph_break()
+            x = x @ self.w
+        return torch.cond(x.sum() > 0, lambda t: t.sin(), lambda t: t.cos(), (x,)) @ self.v
+
+
+def test_operators_of_higher_order_and_inputs_that_are_written_to() -> None:
+    x, cache = torch.ones(3, 4), []
+    model = sparsify(Branching(), example_inputs=(x, cache))
+    assert masked_names(model) == {"w", "v"}
+    assert cache == [] and bool((x == 2).all())  # lists are copied, and tensors written to as by one call
+
+
+class Backward(nn.Module):
+    """Runs a backward pass of its own where gradients are enabled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        (x @ self.w).sum().backward()
+        return x.grad @ self.w
+
+
+def test_no_gradients_are_left() -> None:
+    model = sparsify(Backward(), example_inputs=torch.randn(3, 4))
+    assert masked_names(model) == {"w"} and model._parameters["w"].grad is None
+
+
+class Padded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+        self.encoder, self.unused = nn.TransformerEncoder(layer, 1), nn.Parameter(torch.randn(2, 2))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.encoder(x, src_key_padding_mask=mask)
+
+
+def test_encoders_with_a_padding_mask_take_nested_tensors() -> None:
+    model = Padded().eval().requires_grad_(False)
+    mask = torch.tensor([[False, False, True], [False, True, True]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # nested tensors are a prototype, as torch says
+        sparsify(model, example_inputs=(torch.randn(2, 3, 8), mask))
+    assert "unused" not in masked_names(model) and len(masked_names(model)) == 4

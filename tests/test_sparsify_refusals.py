@@ -289,3 +289,20 @@ def test_a_layer_that_cannot_be_masked_leaves_those_before_it_as_they_were() -> 
         sparsify(model)
     assert masked_names(model) == set()
     assert type(model[0]) is nn.Linear and type(model[1]) is nn.LSTM
+
+
+class UnchangingLSTM(nn.LSTM):
+    @property
+    def __class__(self) -> Any:
+        return UnchangingLSTM
+
+    @__class__.setter
+    def __class__(self, value: Any) -> None:
+        raise TypeError("mine")
+
+
+def test_a_recurrent_layer_that_cannot_be_masked_still_runs() -> None:
+    model = UnchangingLSTM(4, 4)
+    with unchanged(model), pytest.raises(TypeError, match="mine"):
+        sparsify(model)
+    assert model(torch.randn(3, 4))[0].shape == (3, 4)

@@ -3,6 +3,7 @@
 import copy
 import math
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import reference
 import torch
 from steered_training import POINT, adam, assert_target, multiply, offsets_of, sgd
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import autosparse_fx
 from autosparse_fx import AutoSparse, GradientAnnealing
@@ -277,3 +279,40 @@ def test_weights_without_elements_are_not_steered() -> None:
     for _ in range(2):
         optimizer.step()
     assert autosparse_fx.sparsity(model) == pytest.approx(0.8, abs=0.02)
+
+
+class Waits(TorchDispatchMode):
+    """Counts what waits for the device: values that become numbers of Python."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+def test_a_shift_waits_for_nothing(granularity: str) -> None:
+    model = autosparse_fx.sparsify(reference.mlp(), AutoSparse(granularity=granularity))
+    weights = steered(model)
+    with Waits() as waits:
+        shift = steer(weights, 0.5, 0.99, ramping=True, exact=False)
+        assert waits.count == 0
+        assert bool(shift.reached) and waits.count == 1
+
+
+def test_what_is_warned_of_is_recorded_first() -> None:
+    model = autosparse_fx.sparsify(reference.mlp())
+    with torch.no_grad():
+        model[0]._parameters["weight"].fill_(3.0)
+        model[2]._parameters["weight"].fill_(3.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    annealer = GradientAnnealing(model, 10, optimizer)
+    failed = 0
+    for _ in range(10):  # warnings are errors here
+        try:
+            optimizer.step()
+        except UserWarning:
+            failed += 1
+    assert failed == 1 and len(annealer.history.records) == annealer.steps == 10
+    assert annealer.out_of_reach == {0.8}

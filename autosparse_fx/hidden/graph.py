@@ -168,6 +168,7 @@ class MaskedCall:
             seen = masks.version(), list(map(id, unmasked))
             if self._seen_unmasked != seen:
                 _refuse_masks_of(unmasked)
+                masks.note_call(unmasked)
                 self._seen_unmasked = seen
         if not self._sources:
             return self._compiled(*args)

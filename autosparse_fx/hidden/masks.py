@@ -74,6 +74,7 @@ class _Registry:
     # Masks that were taken off again: requests and the names under them.
     served: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     seen: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)  # looked at for this request
+    called_with: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)  # by graphs that mask others
     alphas: Any = field(default_factory=WeakIdKeyDictionary)  # plan -> {device: alpha}
     plans: Any = field(default_factory=WeakIdKeyDictionary)  # root module -> [(request, plan)]
     ticks: int = 0
@@ -141,6 +142,12 @@ def tick() -> int:
     with _ticking:
         registry.ticks += 1
         return registry.ticks
+
+
+def note_call(unmasked: Iterable[Tensor]) -> None:
+    """Note that a graph has been called with these parameters, which it reads as they are."""
+    for parameter in unmasked:
+        registry.called_with[parameter] = True
 
 
 def untrained(plan: Plan) -> list[str]:

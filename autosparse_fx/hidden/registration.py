@@ -209,10 +209,13 @@ def unseen_in(scope: nn.Module, request: Request) -> dict[nn.Parameter, str]:
         and candidate.parameter.dim() > 1
         and is_maskable(candidate.parameter.dtype)
         and registry.seen.get(candidate.parameter) != request
+        and candidate.parameter not in registry.called_with
         and hidden_mask(candidate.parameter) is None
         and not any(isinstance(holder, MaskedModule) for holder, _ in candidate.holders)
         and role(candidate) is None
     ]
+    if not candidates:
+        return {}
     found = places([candidate.parameter for candidate in candidates])
     names = {candidate.parameter: found[id(candidate.parameter)].names for candidate in candidates}
     return {parameter: n[0] for parameter, n in names.items() if request.config.rule_for(n)[1] is not None}

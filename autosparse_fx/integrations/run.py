@@ -163,12 +163,20 @@ class SparseRun:
         return {"sparsity": sparsity(model), "alpha": self.annealer.alpha}
 
     def reached(self, model: nn.Module) -> bool:
-        """Whether the sparsity has risen to its target, so that the model can be compared with later ones."""
+        """Whether the sparsity has risen to its target, so that the model can be compared with later ones; or as far as
+        it can, where the schedule has come to its target and that is out of reach."""
         if not self._reached:
+            given_up = self.annealer.out_of_reach if self.annealer is not None and self._has_risen() else frozenset()
             self._reached = all(
-                target is None or found >= target - TOLERANCE for target, (found, _) in group_sparsities(model).items()
+                target is None or found >= target - TOLERANCE or target in given_up
+                for target, (found, _) in group_sparsities(model).items()
             )
         return self._reached
+
+    def _has_risen(self) -> bool:
+        """Whether the schedule has reached the target."""
+        assert self.annealer is not None and self._prepared is not None
+        return self.annealer.steps >= math.ceil(self._prepared.ramp_end * self.annealer.total_steps)
 
     def may_have_reached(self) -> bool:
         """Whether the schedule has reached the target, so that it is worth to look; not after every step."""

@@ -8,6 +8,9 @@ import torch
 from hidden.compare import without_inductor
 from torch import Tensor, nn
 
+# All of torch itself: where a compiled graph begins with a computed tensor.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 
 
@@ -69,3 +72,22 @@ def test_what_no_graph_holds_is_warned_of_once(head: bool) -> None:
 def test_what_graphs_hold_or_rules_leave_dense_is_not() -> None:
     assert trained(Around(Own(broken=False, head=True))) == []
     assert trained(Around(Own(broken=True, head=True)), rules={"own.weights.*": None}) == []
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.scale = nn.Linear(8, 8), nn.Parameter(torch.ones(1, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.scale * self.linear(x)
+
+
+def test_one_graph_for_several_instances_holds_the_parameters_of_each() -> None:
+    model = nn.Sequential(*(Block() for _ in range(3)))
+    for block in model:
+        block.compile(backend="autosparse", options={"total_steps": 10, "threshold_init": -2.5})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for _ in range(2):  # warnings are errors here
+        model(X).square().sum().backward()
+        optimizer.step()
