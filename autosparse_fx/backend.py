@@ -18,7 +18,7 @@ from autosparse_fx.hidden.graph import MaskedCall, mark_weights
 from autosparse_fx.hidden.masks import Request, hidden_mask
 from autosparse_fx.hidden.registration import undone_on_error
 from autosparse_fx.hidden.training import hook_optimizers
-from autosparse_fx.inference import compile_at_first_call, compile_for_inference
+from autosparse_fx.inference import LaterGraph, compile_for_inference
 from autosparse_fx.options import ONE_LINE_OPTIONS, parse_options
 from autosparse_fx.ownership import holds_zeros, unprepared
 from autosparse_fx.passes import DYNAMO_PASSES
@@ -80,7 +80,7 @@ def autosparse(
         elif not torch.is_grad_enabled() and (parsed.request is None or _has_masked_weights(gm)):
             log.info("no sparse kernels: the weights are masked, which ends with autosparse_fx.finalize(model)")
         compiled = compile_as_it_is()
-        plain = None if torch.is_grad_enabled() else compile_at_first_call(gm, parsed.inductor)
+        plain = None if torch.is_grad_enabled() else LaterGraph(gm, parsed.inductor)
     return call.bind(compiled, plain)
 
 

@@ -31,6 +31,7 @@ from autosparse_fx.pipeline import run_passes
 log = logging.getLogger(__name__)
 
 _frozen: "weakref.WeakSet[FrozenGraph]" = weakref.WeakSet()
+_frozen_lock = threading.RLock()  # of that set
 MOST_REWRITES = 8  # of weights between calls, after which a graph goes back to kernels that read them at every call
 
 
@@ -58,32 +59,39 @@ def compile_for_inference(
     return (lambda *args: frozen(*args, *attributes)) if attributes else frozen
 
 
-def compile_at_first_call(gm: GraphModule, patches: dict[str, Any]) -> Callable[..., Any]:
-    """The same, compiled when it is called, for the weights that it is called with then."""
-    given = len(dynamo_graphs.graph_inputs(gm))
-    gm, state = with_state_as_inputs(gm)
-    inputs = dynamo_graphs.graph_inputs(gm)
-    attributes = [tensor for number, tensor in state.items() if number >= given]
-    numbers, lock = list(state), threading.Lock()
-    made: list[Callable[..., Any]] = []
+class LaterGraph:
+    """A Dynamo graph that is compiled for inference at the first call, for the weights of that."""
 
-    def compile_for(values: Sequence[Any]) -> Callable[..., Any]:
-        graph = inference_graph(gm, [values[number] for number in numbers])
-        if not isinstance(graph, str):
-            return FrozenGraph(graph, numbers, inputs, patches)
-        log.info("no sparse kernels: %s", graph)
-        with inductor.forgetting_what_is_compiled():
-            return inductor.compile_with_inductor(gm, inputs, patches)
+    def __init__(self, gm: GraphModule, patches: dict[str, Any]) -> None:
+        given = len(dynamo_graphs.graph_inputs(gm))
+        gm, state = with_state_as_inputs(gm)
+        self._graph: GraphModule | None = gm
+        self._state, self._patches = list(state), patches
+        self._attributes = [tensor for number, tensor in state.items() if number >= given]
+        self._function: Callable[..., Any] | None = None
+        self._lock = threading.Lock()
 
-    def call(*args: Any) -> Any:
-        values = (*args, *attributes)
-        with lock:
-            if not made:
-                with dynamo.compile_lock(), torch.no_grad(), aot_autograd.tracing_again(inputs):
-                    made.append(compile_for(values))
-        return made[0](*values)
+    def function(self, *args: Any) -> Callable[..., Any] | None:
+        """What to call with these arguments; None where no kernel is sparse, whatever the weights hold."""
+        with self._lock:
+            if self._graph is not None:
+                self._function = self._compiled((*args, *self._attributes))
+                self._graph = None
+        return self._function
 
-    return call
+    def _compiled(self, values: Sequence[Any]) -> Callable[..., Any] | None:
+        assert self._graph is not None
+        weights = [values[number] for number in self._state]
+        if not any(map(may_run_sparse, weights)):
+            return None
+        inputs, attributes = dynamo_graphs.graph_inputs(self._graph), self._attributes
+        with dynamo.compiling(), torch.no_grad(), aot_autograd.tracing_again(inputs):
+            graph = inference_graph(self._graph, weights)
+        if isinstance(graph, str):
+            log.info("no sparse kernels: %s", graph)
+            return None
+        frozen = FrozenGraph(graph, self._state, inputs, self._patches)
+        return (lambda *args: frozen(*args, *attributes)) if attributes else frozen
 
 
 def repack(model: nn.Module) -> int:
@@ -98,7 +106,7 @@ def repack(model: nn.Module) -> int:
     """
     check_module(model, "repack")
     state = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
-    return sum(frozen.forget(state) for frozen in list(_frozen))
+    return sum(frozen.forget(state) for frozen in _all_frozen())
 
 
 def with_state_as_inputs(gm: GraphModule) -> tuple[GraphModule, dict[int, Tensor]]:
@@ -150,7 +158,8 @@ class FrozenGraph:
         # The graph as it is, which reads its weights at every call, and the arguments that it takes.
         self._dense: tuple[Callable[..., Any], Sequence[int]] | None = None
         self._lock = threading.RLock()
-        _frozen.add(self)
+        with _frozen_lock:
+            _frozen.add(self)
 
     def tensors(self) -> set[int]:
         """The ids of those that it was compiled for."""
@@ -276,7 +285,7 @@ class FrozenGraph:
             if not last.is_frozen and not last.has_fewer_zeros(zeros):
                 self._keep_dense(tensors, versions, last.zeros, rewrites=rewrites)
                 return
-        with dynamo.compile_lock(), torch.no_grad(), aot_autograd.tracing_again(self._example_inputs):
+        with dynamo.compiling(), torch.no_grad(), aot_autograd.tracing_again(self._example_inputs):
             if rewrites > MOST_REWRITES:
                 log.warning("weights were written to %d times between calls: dense kernels from now on", MOST_REWRITES)
                 zeros = {}
@@ -312,4 +321,9 @@ def _bytes_of(graph: GraphModule) -> int:
     return sum(buffer.nbytes for buffer in graph.buffers())
 
 
-count_fused_writes(lambda: set().union(*(frozen.tensors() for frozen in list(_frozen))))
+def _all_frozen() -> "list[FrozenGraph]":
+    with _frozen_lock:
+        return list(_frozen)
+
+
+count_fused_writes(lambda: set().union(*(frozen.tensors() for frozen in _all_frozen())))

@@ -71,10 +71,11 @@ def run_passes(gm: GraphModule, passes: Sequence[Pass], stage: str) -> dict[str,
 
 def _compilation(stage: str) -> Compilation:
     """The one that is under way; what Dynamo does not name, as weights that are compiled anew, tells itself apart by
-    going through a stage again."""
+    going through a stage again (as joint graphs do in one compilation, subgraph by subgraph)."""
     compile_id = dynamo.current_compile_id()
     last = compilations[-1] if compilations else None
-    if last is None or last.id != compile_id or any(version.stage == stage for version in last.versions):
+    again = last is not None and any(version.stage == stage for version in last.versions)
+    if last is None or last.id != compile_id or (again and (not compile_id or stage == "dynamo")):
         compilations.append(Compilation(compile_id))
     return compilations[-1]
 

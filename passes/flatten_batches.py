@@ -64,6 +64,7 @@ def _flatten(gm: GraphModule, node: Node, matrix: Node) -> None:
         added = [_call(gm, aten.expand.default, _call(gm, aten.view.default, bias, [-1]), [columns]) for bias in biases]
         product = _call(gm, aten.addmm.default if added else aten.mm.default, *added, *operands)
         result = _call(gm, aten.view.default, product, sizes)
+    product.meta.update({key: value for key, value in node.meta.items() if key != "val"})
     end.replace_all_uses_with(result)
 
 

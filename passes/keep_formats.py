@@ -13,8 +13,8 @@ def keep_formats(gm: GraphModule) -> int:
     """Copy what is computed for an output to the memory format that it has been traced with.
 
     What calls the graph may rely on it, as a ``view`` does, and sparse kernels give images back channel by channel.
-    Where an output is a view, as a slice is, its copy is what it is a view of. Inductor drops the copies that change
-    nothing.
+    Where an output is a view, as a slice is, what it is a view of is copied, if that has a format; or else the first of
+    the views that has one. Inductor drops the copies that change nothing.
 
     Returns:
         The number of outputs that are copied, or are views of copies.
@@ -23,10 +23,12 @@ def keep_formats(gm: GraphModule) -> int:
     copies: dict[Node, Node] = {}
     kept = 0
     for node in output.all_input_nodes:
-        source, *views = _views(node)
-        wanted = _format(source)
-        if wanted is None:
+        chain = _views(node)
+        known = [number for number, link in enumerate(chain) if _format(link) is not None]
+        if not known or not _may_be_copied(chain[0]):
             continue
+        source, *views = chain[known[0] :]
+        wanted = _format(source)
         if source not in copies:
             with gm.graph.inserting_after(source):
                 copy = gm.graph.call_function(aten.clone.default, (source,), {"memory_format": wanted})
@@ -58,11 +60,15 @@ def _is_view(node: Node) -> bool:
     return getattr(node.target, "is_view", False)
 
 
-def _format(source: Node) -> torch.memory_format | None:
-    """The format of a tensor that a pass may change; None for an input."""
-    value = source.meta.get("val")
+def _may_be_copied(source: Node) -> bool:
+    """Not an input, whose views are to stay that, nor what the graph copies to a format itself."""
     is_copy = source.target is aten.clone.default and "memory_format" in source.kwargs
-    if source.op != "call_function" or not isinstance(value, Tensor) or is_copy:
+    return source.op == "call_function" and not is_copy
+
+
+def _format(node: Node) -> torch.memory_format | None:
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
         return None
     if value.is_contiguous():
         return torch.contiguous_format

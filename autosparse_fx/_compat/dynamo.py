@@ -3,7 +3,7 @@
 import inspect
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
@@ -81,13 +81,25 @@ def capturing_everything() -> Any:
     )
 
 
-def compile_lock() -> AbstractContextManager[Any]:
+def compile_lock() -> Any:
     """What Dynamo holds while it compiles, because tracing and the options of Inductor are those of the whole process,
     and not of a thread. 2.11-2.15.
     """
     from torch._dynamo import convert_frame
 
     return convert_frame.compile_lock
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Compile outside of Dynamo as it does: under its lock, and under no mode of the caller (a default device is one).
+    2.11-2.15.
+    """
+    from torch._dynamo.variables.torch_function import torch_function_mode_stack_state_mgr
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with compile_lock(), _disable_current_modes(), torch_function_mode_stack_state_mgr:
+        yield
 
 
 def skip_frame(function: Callable[..., Any]) -> None:

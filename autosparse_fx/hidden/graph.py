@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -106,6 +106,13 @@ class _Known:
         return self.version == masks.version() and all(r() is w for r, w in zip(self.weights, weights))  # noqa: B905
 
 
+class PlainGraph(Protocol):
+    """The graph of a :class:`MaskedCall` without masks."""
+
+    def function(self, *args: Any) -> Callable[..., Any] | None:
+        """What to call with these arguments, if there is anything that the masked graph does not do as well."""
+
+
 class MaskedCall:
     """Calls a compiled graph with the thresholds, offsets and alphas of the weights that it is called with.
 
@@ -115,7 +122,7 @@ class MaskedCall:
 
     def __init__(self, gm: GraphModule, request: Request | None) -> None:
         placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-        self._plain: Callable[..., Any] | None = None
+        self._plain: PlainGraph | None = None
         self._request = request
         self._sources: list[int | nn.Parameter] = []
         self._shapes: list[tuple[int, ...]] = []
@@ -150,13 +157,13 @@ class MaskedCall:
             return self._examples
         return [torch.empty(fake.shape, dtype=fake.dtype, device=fake.device) for fake in self._examples]
 
-    def bind(self, compiled: Callable[..., Any], plain: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    def bind(self, compiled: Callable[..., Any], plain: PlainGraph | None = None) -> Callable[..., Any]:
         """Return what Dynamo is to call: ``compiled`` itself where the graph has no hidden thresholds.
 
         Args:
             compiled: what the masked graph became.
-            plain: what to call without gradients where no weight has a mask any more; None for the masked graph, which
-                then computes the same.
+            plain: tells what to call without gradients where no weight has a mask any more; None for the masked graph,
+                which then computes the same.
         """
         self._compiled, self._plain = compiled, plain
         return self if self._sources or self._unmasked else compiled
@@ -183,7 +190,9 @@ class MaskedCall:
         if torch.is_grad_enabled():
             masks.note_use(known.masks)
         elif not known.masks and self._plain is not None:
-            return self._plain(*args)
+            function = self._plain.function(*args)
+            if function is not None:
+                return function(*args)
         return self._compiled(*args, *known.state)
 
     @staticmethod

@@ -97,3 +97,37 @@ def test_the_log_says_why_a_masked_model_runs_dense(caplog: pytest.LogCaptureFix
         torch._dynamo.reset()
         evaluated(compiled)
         assert "masked" not in caplog.text and "sparse programs" in caplog.text
+
+
+def test_a_default_device_is_that_of_the_caller(seen: Seen) -> None:
+    model = net()
+    compiled = trained(model, validated=True)
+    autosparse_fx.finalize(model)
+    expected = evaluated(model)
+    torch.set_default_device("meta")
+    try:
+        first = evaluated(compiled)
+        with torch.no_grad():
+            model[0].weight.mul_(1)
+        second = evaluated(compiled)
+    finally:
+        torch.set_default_device(None)
+    assert seen.programs > 1
+    for found in (first, second):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_is_compiled_anew_where_no_kernel_is_sparse(seen: Seen) -> None:
+    model = nn.Sequential(nn.Linear(8, 8)).double()
+    compiled = torch.compile(model, backend="autosparse", options={"target_sparsity": None, "total_steps": 2})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    for _ in range(2):
+        compiled(x).square().sum().backward()
+        optimizer.step()
+    with torch.no_grad():
+        compiled(x)
+        before = seen.compilations
+        autosparse_fx.finalize(model)
+        torch.testing.assert_close(compiled(x), model(x))
+    assert seen.compilations == before

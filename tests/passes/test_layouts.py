@@ -27,6 +27,8 @@ KEPT: dict[str, tuple[Callable[..., Any], int]] = {
     "computed from turned ones": (lambda m, x: m.a(x).permute(0, 2, 3, 1).relu(), 1),
     "pieces": (lambda m, x: m.a(x).permute(0, 2, 3, 1).unbind(0), 2),
     "turned": (lambda m, x: m.a(x).permute(0, 2, 3, 1), 1),
+    "computed of turned ones": (lambda m, x: m.a(x).mT.sigmoid().mT, 1),
+    "computed of ones turned otherwise": (lambda m, x: m.a(x).permute(0, 2, 1, 3).relu().permute(0, 2, 1, 3), 1),
     "several": (lambda m, x: (m.a(x), m.a(x).relu(), m.a(x).sum()), 3),
     "pieces of the input": (lambda m, x: (*x.chunk(2), x[:, 1:]), 0),
     "vectors": (lambda m, x: m.a(x).mean((2, 3)), 1),
