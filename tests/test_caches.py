@@ -46,16 +46,22 @@ def run(folder: Path, *, prepared: bool, options: dict[str, Any]) -> dict[str, A
     return result
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for both forms, whose graphs differ, so that Inductor prepares its C++ compiler once."""
+    return tmp_path_factory.mktemp("caches")
+
+
 @pytest.mark.parametrize("prepared", [True, False], ids=["prepared", "one line"])
-def test_second_process_finds_what_the_first_compiled_and_a_change_is_noticed(prepared: bool, tmp_path: Path) -> None:
+def test_second_process_finds_what_the_first_compiled_and_a_change_is_noticed(prepared: bool, folder: Path) -> None:
     options: dict[str, Any] = {} if prepared else dict(ONE_LINE)
-    first = run(tmp_path, prepared=prepared, options=options)
+    first = run(folder, prepared=prepared, options=options)
     assert (first["hits"], first["misses"]) == (0, 1)
-    second = run(tmp_path, prepared=prepared, options=options)
+    second = run(folder, prepared=prepared, options=options)
     assert (second["hits"], second["misses"]) == (1, 0)
     assert second["gradient"] == first["gradient"]
     assert any(second["gradient"])
 
     change = {"recompute_masks": False} if prepared else {"granularity": "channel"}
-    changed = run(tmp_path, prepared=prepared, options={**options, **change})
+    changed = run(folder, prepared=prepared, options={**options, **change})
     assert (changed["hits"], changed["misses"]) == (0, 1)

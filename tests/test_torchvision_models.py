@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 ALPHA = 0.75
-SAMPLE = ["resnet18", "shufflenet_v2_x0_5", "lraspp_mobilenet_v3_large", "r3d_18"]
+SAMPLE = ["resnet18", "lraspp_mobilenet_v3_large"]
 INDUCTOR = ["resnet18", "mobilenet_v3_small", "swin_t"]
 MODELS = [name for name in list_models() if name not in zoo.EXCLUDED]
 

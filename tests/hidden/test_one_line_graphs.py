@@ -123,7 +123,7 @@ def test_rule_for_a_later_graph_is_no_mistake_of_the_first() -> None:
 def test_rule_that_matches_nothing_is_refused_at_the_first_of_several_graphs() -> None:
     model = Deep()
     text = error(one_line(model, rules={"blocks.2.*": None}), X)
-    assert "'blocks.2.*' matches no parameter" in text and "blocks.1.head.weight" in text and not thresholds(model)
+    assert "'blocks.2.*' (do you mean 'blocks.1.*'" in text and "blocks.1.head.weight" in text and not thresholds(model)
 
 
 def test_embedding_tied_across_a_graph_break_is_masked() -> None:

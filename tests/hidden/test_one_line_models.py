@@ -395,7 +395,7 @@ def test_rules_need_not_match_in_every_model_of_a_function() -> None:
     one_line(lambda x: criterion(model(x)), rules={"0.weight": None})(x)
     assert set(thresholds(model)) == {"2.weight", "4.weight"}
     torch._dynamo.reset()
-    with pytest.raises(Exception, match=r"rules: 'no.weight' matches no parameter"):
+    with pytest.raises(Exception, match=r"rules: 'no.weight' .*matches no parameter"):
         one_line(lambda x: criterion(other(x)), rules={"no.weight": None})(x)
 
 
