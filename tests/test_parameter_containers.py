@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from autosparse_fx import AutoSparse, dense_weights, finalize, sparsify
 
+# All of torch itself: where a compiled graph begins with a computed tensor.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
 CONFIG = AutoSparse(alpha=0.5, threshold_init=-2.5)
 
 
