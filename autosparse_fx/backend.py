@@ -80,7 +80,7 @@ def autosparse(
         elif not torch.is_grad_enabled() and (parsed.request is None or _has_masked_weights(gm)):
             log.info("no sparse kernels: the weights are masked, which ends with autosparse_fx.finalize(model)")
         compiled = compile_as_it_is()
-        plain = None if torch.is_grad_enabled() else LaterGraph(gm, parsed.inductor)
+        plain = LaterGraph(gm, parsed.inductor) if call.takes_masks and not torch.is_grad_enabled() else None
     return call.bind(compiled, plain)
 
 

@@ -149,23 +149,22 @@ def multiplied_parameters(
     inputs = unmarked(example_inputs)
     again = _copied(inputs)  # a model may write to its inputs
     gradients = [(p, p.grad) for p in model.parameters()]
-    with dynamo.graph_break_reasons() as breaks:
-        with_grad = False
-        try:
-            with torch.no_grad():
-                run_captured(model, inputs, backend)
-        except ValueError:
-            with_grad = True
-            with torch.enable_grad():
-                run_captured(model, _copied(again), backend)
-        if breaks or any(p.dim() > 1 and id(p) not in seen for p in model.parameters()):
+    with_grad = False
+    try:
+        with dynamo.graph_break_reasons() as breaks:
             try:
-                with torch.set_grad_enabled(with_grad):
-                    used = {**_multiplied_in_eager_mode(model, again), **used}
-            except Exception as error:  # the model has just run: what cannot be recorded is no reason to stop
-                log.info("products outside of graphs were not looked for: %s: %s", type(error).__name__, error)
-    for parameter, gradient in gradients:
-        parameter.grad = gradient
+                with torch.no_grad():
+                    run_captured(model, inputs, backend)
+            except ValueError:
+                with_grad = True
+                with torch.enable_grad():
+                    run_captured(model, _copied(again), backend)
+        if breaks or any(p.dim() > 1 and id(p) not in seen for p in model.parameters()):
+            with torch.set_grad_enabled(with_grad):
+                used = {**_multiplied_in_eager_mode(model, again), **used}
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
     return used
 
 
@@ -173,18 +172,26 @@ def _copied(example_inputs: Any) -> Any:
     def copied(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.detach().clone().requires_grad_(value.requires_grad)
-        return copy.deepcopy(value)
+        try:
+            return copy.deepcopy(value)
+        except Exception:  # a lock or a generator, say, which the model then gets as it is
+            return value
 
     return eager.tree_map(copied, example_inputs)
 
 
 def _multiplied_in_eager_mode(model: nn.Module, example_inputs: Any) -> dict[int, int]:
     args, kwargs = _as_call(example_inputs)
-    with _restored(model), warnings.catch_warnings(), recorded([*model.parameters(), *model.buffers()]) as (gm, state):
-        warnings.simplefilter("ignore")
-        model(*args, **kwargs)
-    found = find_weights(gm, lambda node: isinstance(state.get(node), nn.Parameter))
-    return {id(state[node]): axis for node, axis in found.items()}
+    state = [*model.parameters(), *model.buffers()]
+    try:
+        with _restored(model), warnings.catch_warnings(), recorded(state) as (gm, held):
+            warnings.simplefilter("ignore")
+            model(*args, **kwargs)
+    except Exception as error:  # the model has just run: what cannot be recorded is no reason to stop
+        log.info("products outside of graphs were not looked for: %s: %s", type(error).__name__, error)
+        return {}
+    found = find_weights(gm, lambda node: isinstance(held.get(node), nn.Parameter))
+    return {id(held[node]): axis for node, axis in found.items()}
 
 
 def _rewritten(gm: GraphModule) -> GraphModule:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autosparse_fx._compat.dynamo_graphs import storage_id
 from autosparse_fx.hidden.masks import hidden_mask
 from autosparse_fx.masked import MaskedModule
 from autosparse_fx.masked_state import mask_state
@@ -60,7 +61,7 @@ def _refuse_shared_memory(model: nn.Module) -> None:
         if is_plain and parameter.numel():
             start = parameter.storage_offset() * parameter.itemsize
             stop = start + _extent(parameter) * parameter.itemsize
-            by_storage.setdefault(parameter.untyped_storage()._cdata, []).append((start, stop, candidate))
+            by_storage.setdefault(storage_id(parameter), []).append((start, stop, candidate))
     for sharing in by_storage.values():
         sharing.sort(key=lambda item: item[:2])
         for number, (_, stop, one) in enumerate(sharing):

@@ -73,20 +73,20 @@ class LaterGraph:
 
     def function(self, *args: Any) -> Callable[..., Any] | None:
         """What to call with these arguments; None where no kernel is sparse, whatever the weights hold."""
-        with self._lock:
-            if self._graph is not None:
-                self._function = self._compiled((*args, *self._attributes))
-                self._graph = None
+        if self._graph is not None:
+            with self._lock:
+                if self._graph is not None:  # and no other thread has compiled it meanwhile
+                    self._function = self._compiled(self._graph, (*args, *self._attributes))
+                    self._graph = None
         return self._function
 
-    def _compiled(self, values: Sequence[Any]) -> Callable[..., Any] | None:
-        assert self._graph is not None
+    def _compiled(self, gm: GraphModule, values: Sequence[Any]) -> Callable[..., Any] | None:
         weights = [values[number] for number in self._state]
         if not any(map(may_run_sparse, weights)):
             return None
-        inputs, attributes = dynamo_graphs.graph_inputs(self._graph), self._attributes
+        inputs, attributes = dynamo_graphs.graph_inputs(gm), self._attributes
         with dynamo.compiling(), torch.no_grad(), aot_autograd.tracing_again(inputs):
-            graph = inference_graph(self._graph, weights)
+            graph = inference_graph(gm, weights)
         if isinstance(graph, str):
             log.info("no sparse kernels: %s", graph)
             return None

@@ -53,8 +53,8 @@ def sparsify(
             options=...)`` is making sparse goes on with its thresholds and its configuration.
         example_inputs: arguments of one call of the model (a tensor, a tuple, or a dict of keyword arguments). With
             them, parameters that the model's own code multiplies by (``F.linear``, ``torch.einsum``, ``@``, ...) are
-            found in the captured graphs and masked as well. The model runs once, without gradients; its buffers and
-            the random state are restored.
+            found and masked as well. The model runs once, without gradients where it can, and once more where the
+            compiler leaves some of it to eager mode; its buffers, gradients and the random state are restored.
 
     Returns:
         ``model`` itself.

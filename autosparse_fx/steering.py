@@ -107,7 +107,8 @@ def steer(
     ramping: bool = False,
     exact: bool,
 ) -> Shift:
-    """Shift the offsets of ``weights`` so that the fraction ``sparsity`` of all their elements is masked.
+    """Shift the offsets of ``weights`` so that the fraction ``sparsity`` of all their elements is masked, or as many as
+    can be.
 
     Args:
         weights: all on one device.
@@ -117,8 +118,6 @@ def steer(
             ``sparsity`` to 1, unless it has to: nearly emptied while its weights still look as they were initialised,
             it would keep almost nothing of its scale, and behind a batch norm its gradients explode.
         exact: take a far larger sample.
-
-    Where that cannot be reached, as many are masked as can be.
     """
     limit = EXACT_SAMPLE if exact else SAMPLE
     samples, numels = [], []
@@ -126,9 +125,8 @@ def steer(
     for weight in weights:
         parameter, sample = _read(weight, limit)
         is_gathered = is_dtensor(stored_weight(weight.module, weight.slot))
-        samples.append(
-            replace(sample, values=sample.values.clone()) if is_gathered else sample
-        )  # frees what was gathered
+        # A copy frees what was gathered.
+        samples.append(replace(sample, values=sample.values.clone()) if is_gathered else sample)
         numels.append(parameter.numel())
         norms.append(torch.linalg.vector_norm(parameter) if is_gathered else parameter)
     finite = torch.isfinite(torch.nn.utils.get_total_norm(norms))

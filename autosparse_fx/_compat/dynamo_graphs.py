@@ -112,10 +112,15 @@ def module_name(path: str) -> str:
     return re.sub(r"^L\['[^']*'\](\[\d+\])*\.?", "", path)
 
 
+def storage_id(tensor: Tensor) -> int:
+    """A number of the memory that a tensor lies in, fake ones too. 2.11-2.15."""
+    return int(tensor.untyped_storage()._cdata)
+
+
 def share_storage(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors, fake ones too, are views of the same memory; not known of those within vmap. 2.11-2.15."""
     try:
-        return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
+        return storage_id(a) == storage_id(b)
     except (NotImplementedError, RuntimeError):
         return False
 

@@ -15,7 +15,6 @@ from typing import Any
 from torch import nn
 
 from autosparse_fx._compat import dynamo
-from autosparse_fx.hidden.masks import Request
 from autosparse_fx.hidden.registration import unmasked_in, unseen_in
 from autosparse_fx.options import parse_options
 from autosparse_fx.ownership import live_objects
@@ -48,37 +47,31 @@ def calls() -> int:
     return _calls.number
 
 
-def unmasked(held: set[int]) -> dict[nn.Parameter, str]:
-    """The weights that are to be sparse and that no graph masks, with their names, of all models that hold one of the
-    parameters with these ids.
+def uncaptured(held: set[int]) -> tuple[dict[nn.Parameter, str], dict[nn.Parameter, str]]:
+    """The weights that are to be sparse and that no graph masks, and the parameters that may be weights and that no
+    graph holds, each with their names, of all models that hold one of the parameters with these ids.
 
     Raises:
         TypeError, ValueError: if the options of such a model are not valid, which Dynamo may have swallowed.
     """
-    return _in_compiled_models(held, unmasked_in)
-
-
-def unseen(held: set[int]) -> dict[nn.Parameter, str]:
-    """The parameters that may be weights and that no graph holds, with their names, of the same models."""
-    return _in_compiled_models(held, unseen_in)
-
-
-def _in_compiled_models(
-    held: set[int], look: Callable[[nn.Module, Request], dict[nn.Parameter, str]]
-) -> dict[nn.Parameter, str]:
-    found: dict[nn.Parameter, str] = {}
-    for last in (False, True):
-        found = {}
-        for compiled, arguments in _compiled():
-            for module in _modules(compiled):
-                if any(id(parameter) in held for parameter in module.parameters()):
-                    request = parse_options(arguments.get("mode"), arguments.get("options")).request
-                    if request is not None:
-                        found.update(look(module, request))
-        if not found or last:
-            break
+    found = _uncaptured(held)
+    if any(found):
         gc.collect()  # a compiled model that nobody holds any more has asked for nothing
+        found = _uncaptured(held)
     return found
+
+
+def _uncaptured(held: set[int]) -> tuple[dict[nn.Parameter, str], dict[nn.Parameter, str]]:
+    unmasked: dict[nn.Parameter, str] = {}
+    unseen: dict[nn.Parameter, str] = {}
+    for compiled, arguments in _compiled():
+        for module in _modules(compiled):
+            if any(id(parameter) in held for parameter in module.parameters()):
+                request = parse_options(arguments.get("mode"), arguments.get("options")).request
+                if request is not None:
+                    unmasked.update(unmasked_in(module, request))
+                    unseen.update(unseen_in(module, request))
+    return unmasked, unseen
 
 
 def _compiled() -> Iterator[tuple[Callable[..., Any], dict[str, Any]]]:

@@ -143,6 +143,11 @@ class MaskedCall:
             if field is not None:
                 self._examples.append(node.meta["example_value"])
 
+    @property
+    def takes_masks(self) -> bool:
+        """Whether the graph has hidden thresholds."""
+        return bool(self._sources)
+
     @staticmethod
     def _source(weight: Node, placeholders: list[Node]) -> int | nn.Parameter:
         if weight.op == "placeholder":

@@ -86,10 +86,8 @@ class _Run:
         if self._calls != (calls := asked.calls()):
             self._calls = calls
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            held = set(map(id, parameters))
-            found = asked.unmasked(held)
+            found, unseen = asked.uncaptured(set(map(id, parameters)))
             self._asked = [(p, found[p], False) for p in parameters if p in found]
-            unseen = asked.unseen(held)
             _warn_of_unseen({p: unseen[p] for p in parameters if p in unseen and not _is_zero_or_none(p.grad)})
         missed = [*self._missed, *self._asked]
         if closure and (self._held or missed):

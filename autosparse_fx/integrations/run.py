@@ -166,25 +166,25 @@ class SparseRun:
         """Whether the sparsity has risen to its target, so that the model can be compared with later ones; or as far as
         it can, where the schedule has come to its target and that is out of reach."""
         if not self._reached:
-            given_up = self.annealer.out_of_reach if self.annealer is not None and self._has_risen() else frozenset()
+            given_up = self.annealer.out_of_reach if self.annealer and self._steps_at_target() >= 0 else frozenset()
             self._reached = all(
                 target is None or found >= target - TOLERANCE or target in given_up
                 for target, (found, _) in group_sparsities(model).items()
             )
         return self._reached
 
-    def _has_risen(self) -> bool:
-        """Whether the schedule has reached the target."""
-        assert self.annealer is not None and self._prepared is not None
-        return self.annealer.steps >= math.ceil(self._prepared.ramp_end * self.annealer.total_steps)
-
     def may_have_reached(self) -> bool:
         """Whether the schedule has reached the target, so that it is worth to look; not after every step."""
         if self.annealer is None or self._prepared is None:
             return False
-        total = self.annealer.total_steps
-        after = self.annealer.steps - math.ceil(self._prepared.ramp_end * total)
+        total, after = self.annealer.total_steps, self._steps_at_target()
         return after >= 0 and (after % max(1, total // 100) == 0 or self.annealer.steps == total)
+
+    def _steps_at_target(self) -> int:
+        """Since the schedule has reached the target; negative before."""
+        if self.annealer is None or self._prepared is None:
+            return -1
+        return self.annealer.steps - math.ceil(self._prepared.ramp_end * self.annealer.total_steps)
 
     def end(self, model: nn.Module) -> None:
         """Make the model plain again, where that was asked for."""
