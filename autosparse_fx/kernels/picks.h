@@ -25,6 +25,60 @@ struct Positions {  // of the lanes
   }
 };
 
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+#define PICKS_BY_MASK 1
+#else
+#define PICKS_BY_MASK 0
+#endif
+
+// What picking consists of, in either length of vectors: some lanes, and a number for each lane.
+#if defined(CPU_CAPABILITY_AVX512)
+
+using LaneMask = __mmask16;
+using LaneNumbers = __m512i;
+inline LaneMask mask_of(uint32_t bits) { return LaneMask(bits); }
+inline LaneNumbers numbers_of(const int32_t* numbers) { return _mm512_loadu_si512(numbers); }
+inline LaneNumbers steps_from(int32_t lane0, int32_t step) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return _mm512_add_epi32(_mm512_mullo_epi32(lane, _mm512_set1_epi32(step)), _mm512_set1_epi32(lane0));
+}
+inline Vec load_lanes(LaneMask wanted, const float* lane0) { return _mm512_maskz_loadu_ps(wanted, lane0); }
+inline Vec keep(LaneMask wanted, Vec v) { return _mm512_maskz_mov_ps(wanted, v); }
+inline Vec either(LaneMask second, Vec a, Vec b) { return _mm512_mask_blend_ps(second, a, b); }
+// Of the lanes of two vectors, one behind the other.
+inline Vec of_two(Vec low, LaneNumbers lanes, Vec high) { return _mm512_permutex2var_ps(low, lanes, high); }
+inline Vec gather(LaneMask wanted, LaneNumbers positions, const float* row) {
+  return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), wanted, positions, row, sizeof(float));
+}
+
+#elif defined(CPU_CAPABILITY_AVX2)
+
+using LaneMask = __m256i;  // all bits of a lane, or none
+using LaneNumbers = __m256i;
+inline LaneMask mask_of(uint32_t bits) {
+  const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(bits)), bit), bit);
+}
+inline LaneNumbers numbers_of(const int32_t* numbers) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(numbers));
+}
+inline LaneNumbers steps_from(int32_t lane0, int32_t step) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_add_epi32(_mm256_mullo_epi32(lane, _mm256_set1_epi32(step)), _mm256_set1_epi32(lane0));
+}
+inline Vec load_lanes(LaneMask wanted, const float* lane0) { return _mm256_maskload_ps(lane0, wanted); }
+inline Vec keep(LaneMask wanted, Vec v) { return _mm256_and_ps(v, _mm256_castsi256_ps(wanted)); }
+inline Vec either(LaneMask second, Vec a, Vec b) { return _mm256_blendv_ps(a, b, _mm256_castsi256_ps(second)); }
+inline Vec of_two(Vec low, LaneNumbers lanes, Vec high) {
+  const __m256 is_high = _mm256_castsi256_ps(_mm256_slli_epi32(lanes, 28));  // the bit that says 8, as the sign
+  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, lanes), _mm256_permutevar8x32_ps(high, lanes), is_high);
+}
+inline Vec gather(LaneMask wanted, LaneNumbers positions, const float* row) {
+  return _mm256_mask_i32gather_ps(_mm256_setzero_ps(), row, positions, _mm256_castsi256_ps(wanted), sizeof(float));
+}
+
+#endif
+
 // One vector of columns: which floats of a row of the source its lanes are, for any number of rows. Nothing else is read.
 class Pick {
  public:
@@ -38,23 +92,17 @@ class Pick {
   void copy(const float* source, int64_t source_stride, int64_t rows, float* target, int64_t target_stride) const;
 
  private:
-#if defined(CPU_CAPABILITY_AVX512)
+#if PICKS_BY_MASK
   // A window is two vectors side by side in the row, of which lanes are picked.
   enum { SIDE_BY_SIDE, ONE_WINDOW, TWO_WINDOWS, SCATTERED } kind_;
-  __mmask16 wanted_, from_second_;
-  __mmask16 low_[2], high_[2];  // what is read of either vector of a window
   int64_t from_[2];
-  __m512i lanes_[2], positions_;
-  __m512 window(int number, const float* row) const {
-    const __m512 low = _mm512_maskz_loadu_ps(low_[number], row + from_[number]);
-    const __m512 high = _mm512_maskz_loadu_ps(high_[number], row + from_[number] + VL);
-    return _mm512_permutex2var_ps(low, lanes_[number], high);
+  LaneMask wanted_, from_second_;
+  LaneMask low_[2], high_[2];  // what is read of either vector of a window
+  LaneNumbers lanes_[2], positions_;
+  Vec window(int number, const float* row) const {
+    const Vec low = load_lanes(low_[number], row + from_[number]), high = load_lanes(high_[number], row + from_[number] + VL);
+    return of_two(low, lanes_[number], high);
   }
-#elif defined(CPU_CAPABILITY_AVX2)
-  Vec scattered(const float* row) const;
-  bool is_shift_;
-  int64_t from_;
-  __m256i wanted_, positions_;  // all bits of a lane, or none; where it is read
 #else
   Vec scattered(const float* row) const;
   bool is_shift_;
@@ -62,20 +110,20 @@ class Pick {
 #endif
 };
 
-#if defined(CPU_CAPABILITY_AVX512)
+#if PICKS_BY_MASK
 
-inline Pick::Pick(const int64_t* positions) : wanted_(0), from_second_(0), low_{0, 0}, high_{0, 0}, from_{PADDING, PADDING} {
-  alignas(64) int32_t lanes[2][VL] = {}, all[VL] = {};
+inline Pick::Pick(const int64_t* positions) : from_{PADDING, PADDING} {
+  int32_t lanes[2][VL] = {}, all[VL] = {};
+  uint32_t wanted = 0, from_second = 0, low[2] = {}, high[2] = {};
   int last = -1;
   int64_t shift = 0;
   bool is_shift = true;
   for (int i = 0; i < VL; ++i) {
     const int64_t position = positions[i];
     if (position == PADDING) continue;
-    const __mmask16 bit = __mmask16(1u << i);
-    if (wanted_ == 0) shift = position - i;
+    if (wanted == 0) shift = position - i;
     is_shift = is_shift && position == shift + i;
-    wanted_ |= bit;
+    wanted |= 1u << i;
     all[i] = int32_t(position);
     if (last < 0 || (last < 2 && (position < from_[last] || position >= from_[last] + 2 * VL))) {
       if (++last < 2) from_[last] = position;
@@ -83,17 +131,23 @@ inline Pick::Pick(const int64_t* positions) : wanted_(0), from_second_(0), low_{
     if (last > 1) continue;
     const int lane = int(position - from_[last]);
     lanes[last][i] = lane;
-    (lane < VL ? low_ : high_)[last] |= __mmask16(1u << lane % VL);
-    if (last == 1) from_second_ |= bit;
+    (lane < VL ? low : high)[last] |= 1u << lane % VL;
+    if (last == 1) from_second |= 1u << i;
   }
   kind_ = is_shift ? SIDE_BY_SIDE : last == 0 ? ONE_WINDOW : last == 1 ? TWO_WINDOWS : SCATTERED;
-  if (is_shift && wanted_ != 0) from_[0] = shift;
-  for (int w = 0; w < 2; ++w) lanes_[w] = _mm512_load_si512(lanes[w]);
-  positions_ = _mm512_load_si512(all);
+  if (is_shift && wanted != 0) from_[0] = shift;
+  wanted_ = mask_of(wanted);
+  from_second_ = mask_of(from_second);
+  for (int w = 0; w < 2; ++w) {
+    lanes_[w] = numbers_of(lanes[w]);
+    low_[w] = mask_of(low[w]);
+    high_[w] = mask_of(high[w]);
+  }
+  positions_ = numbers_of(all);
 }
 
 inline Pick::Pick(const Run& run)
-    : kind_(SIDE_BY_SIDE), wanted_(__mmask16((1u << run.stop) - (1u << run.first))), from_{run.position - run.first, PADDING} {
+    : kind_(SIDE_BY_SIDE), from_{run.position - run.first, PADDING}, wanted_(mask_of((1u << run.stop) - (1u << run.first))) {
   if (run.first == run.stop) {
     from_[0] = PADDING;
     return;
@@ -105,40 +159,37 @@ inline Pick::Pick(const Run& run)
     return;
   }
   from_[0] = run.position;
-  const __m512i numbers = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i behind = _mm512_mullo_epi32(_mm512_sub_epi32(numbers, _mm512_set1_epi32(int(run.first))),
-                                            _mm512_set1_epi32(int(run.step)));
+  const int32_t step = int32_t(run.step), lane0 = -int32_t(run.first) * step;
   if (reach >= 2 * VL) {
     kind_ = SCATTERED;
-    positions_ = _mm512_maskz_add_epi32(wanted_, behind, _mm512_set1_epi32(int(run.position)));
+    positions_ = steps_from(int32_t(run.position) + lane0, step);
     return;
   }
   kind_ = ONE_WINDOW;
-  lanes_[0] = _mm512_maskz_mov_epi32(wanted_, behind);
+  lanes_[0] = steps_from(lane0, step);
   // The floats of the window that are `step` apart, from the first to the one `reach` away.
   uint64_t every = 1;
   for (int64_t apart = run.step; apart < 2 * VL; apart *= 2) every |= every << apart;
   every &= (uint64_t(2) << reach) - 1;
-  low_[0] = __mmask16(every);
-  high_[0] = __mmask16(every >> VL);
+  low_[0] = mask_of(uint32_t(every) & ((1u << VL) - 1));
+  high_[0] = mask_of(uint32_t(every >> VL));
 }
 
 inline Pick::Pick(int64_t lane0, uint32_t wanted)
-    : kind_(SIDE_BY_SIDE), wanted_(__mmask16(wanted)), from_{wanted == 0 ? PADDING : lane0, PADDING} {}
+    : kind_(SIDE_BY_SIDE), from_{wanted == 0 ? PADDING : lane0, PADDING}, wanted_(mask_of(wanted)) {}
 
 inline Vec Pick::of(const float* row) const {
   switch (kind_) {
     case SIDE_BY_SIDE: return shifted(row);
-    case ONE_WINDOW: return _mm512_maskz_mov_ps(wanted_, window(0, row));
-    case TWO_WINDOWS:
-      return _mm512_maskz_mov_ps(wanted_, _mm512_mask_blend_ps(from_second_, window(0, row), window(1, row)));
-    default: return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), wanted_, positions_, row, sizeof(float));
+    case ONE_WINDOW: return keep(wanted_, window(0, row));
+    case TWO_WINDOWS: return keep(wanted_, either(from_second_, window(0, row), window(1, row)));
+    default: return gather(wanted_, positions_, row);
   }
 }
 
 inline int64_t Pick::first() const { return from_[0]; }
 inline bool Pick::is_shift() const { return kind_ == SIDE_BY_SIDE; }
-inline Vec Pick::shifted(const float* row) const { return _mm512_maskz_loadu_ps(wanted_, row + from_[0]); }
+inline Vec Pick::shifted(const float* row) const { return load_lanes(wanted_, row + from_[0]); }
 
 inline void Pick::copy(const float* source, int64_t source_stride, int64_t rows, float* target,
                        int64_t target_stride) const {
@@ -146,36 +197,12 @@ inline void Pick::copy(const float* source, int64_t source_stride, int64_t rows,
   auto each = [&](auto of) C10_ALWAYS_INLINE_ATTRIBUTE {
     for (int64_t k = 0; k < rows; ++k) of(source + k * source_stride).store(target + k * target_stride);
   };
-  if (is_shift()) {
-    each([&](const float* row) { return pick.shifted(row); });
-  } else {
-    each([&](const float* row) { return pick.of(row); });
+  switch (kind_) {
+    case SIDE_BY_SIDE: return each([&](const float* row) C10_ALWAYS_INLINE_ATTRIBUTE { return pick.shifted(row); });
+    case ONE_WINDOW:
+      return each([&](const float* row) C10_ALWAYS_INLINE_ATTRIBUTE { return keep(pick.wanted_, pick.window(0, row)); });
+    default: return each([&](const float* row) C10_ALWAYS_INLINE_ATTRIBUTE { return pick.of(row); });
   }
-}
-
-#else
-
-#if defined(CPU_CAPABILITY_AVX2)
-
-inline Pick::Pick(const int64_t* positions) : is_shift_(true), from_(PADDING) {
-  alignas(32) int32_t wanted[VL] = {}, all[VL] = {};
-  bool is_empty = true;
-  for (int i = 0; i < VL; ++i) {
-    if (positions[i] == PADDING) continue;
-    if (is_empty) from_ = positions[i] - i;
-    is_empty = false;
-    is_shift_ = is_shift_ && positions[i] == from_ + i;
-    all[i] = int32_t(positions[i]);
-    wanted[i] = -1;
-  }
-  wanted_ = _mm256_load_si256(reinterpret_cast<const __m256i*>(wanted));
-  positions_ = _mm256_load_si256(reinterpret_cast<const __m256i*>(all));
-}
-
-inline int64_t Pick::first() const { return from_; }
-inline Vec Pick::shifted(const float* row) const { return _mm256_maskload_ps(row + from_, wanted_); }
-inline Vec Pick::scattered(const float* row) const {
-  return _mm256_mask_i32gather_ps(_mm256_setzero_ps(), row, positions_, _mm256_castsi256_ps(wanted_), sizeof(float));
 }
 
 #else
@@ -187,19 +214,16 @@ inline Pick::Pick(const int64_t* positions) : is_shift_(true) {
   }
 }
 
+inline Pick::Pick(const Run& run) : Pick(Positions(run).of) {}
+inline Pick::Pick(int64_t lane0, uint32_t wanted) : Pick(Positions(lane0, wanted).of) {}
 inline int64_t Pick::first() const { return positions_[0]; }
+inline bool Pick::is_shift() const { return is_shift_; }
 inline Vec Pick::shifted(const float* row) const { return Vec::loadu(row + positions_[0]); }
 inline Vec Pick::scattered(const float* row) const {
   float lanes[VL];
   for (int i = 0; i < VL; ++i) lanes[i] = positions_[i] == PADDING ? 0.f : row[positions_[i]];
   return Vec::loadu(lanes);
 }
-
-#endif
-
-inline Pick::Pick(const Run& run) : Pick(Positions(run).of) {}
-inline Pick::Pick(int64_t lane0, uint32_t wanted) : Pick(Positions(lane0, wanted).of) {}
-inline bool Pick::is_shift() const { return is_shift_; }
 inline Vec Pick::of(const float* row) const { return is_shift_ ? shifted(row) : scattered(row); }
 
 inline void Pick::copy(const float* source, int64_t source_stride, int64_t rows, float* target,

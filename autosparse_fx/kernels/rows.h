@@ -137,7 +137,7 @@ void compute_entries(const Step& s, const Block& b, const char* data, const char
       for (int j = 0; j < NV; ++j) acc[j] = Vec::loadu(sums + j * VL);
     }
     for (int64_t e = starts[m - b.row0], stop = starts[m - b.row0 + 1]; e != stop; ++e) {
-      prefetch_entries(offsets + e, values + e);
+      if constexpr (NV <= 2) prefetch_entries(offsets + e, values + e);  // few columns: entries take the time
       const float* p = source + offsets[e];
       const Vec v(values[e]);
 #pragma GCC unroll 16

@@ -19,29 +19,18 @@ class Stretch {
   Vec load(const float* lane0) const;
 
  private:
-#if defined(CPU_CAPABILITY_AVX512)
-  __mmask16 wanted_;
-#elif defined(CPU_CAPABILITY_AVX2)
-  __m256i wanted_;
+#if PICKS_BY_MASK
+  LaneMask wanted_;
 #else
   int64_t first_, stop_;
 #endif
 };
 
-#if defined(CPU_CAPABILITY_AVX512)
+#if PICKS_BY_MASK
 
 inline Stretch::Stretch(int64_t first, int64_t stop)
-    : wanted_(first < stop ? __mmask16((uint32_t(1) << stop) - (uint32_t(1) << first)) : __mmask16(0)) {}
-inline Vec Stretch::load(const float* lane0) const { return _mm512_maskz_loadu_ps(wanted_, lane0); }
-
-#elif defined(CPU_CAPABILITY_AVX2)
-
-inline Stretch::Stretch(int64_t first, int64_t stop) {
-  alignas(32) int32_t wanted[VL];
-  for (int64_t i = 0; i < VL; ++i) wanted[i] = i >= first && i < stop ? -1 : 0;
-  wanted_ = _mm256_load_si256(reinterpret_cast<const __m256i*>(wanted));
-}
-inline Vec Stretch::load(const float* lane0) const { return _mm256_maskload_ps(lane0, wanted_); }
+    : wanted_(mask_of(first < stop ? (uint32_t(1) << stop) - (uint32_t(1) << first) : 0)) {}
+inline Vec Stretch::load(const float* lane0) const { return load_lanes(wanted_, lane0); }
 
 #else
 
