@@ -13,21 +13,32 @@ _BY_NAME = {
     aten.relu.default: "relu",
     aten.silu.default: "silu",
     aten.hardswish.default: "hardswish",
+    aten.hardsigmoid.default: "hardsigmoid",
     aten.sigmoid.default: "sigmoid",
+    aten.tanh.default: "tanh",
+    aten.mish.default: "mish",
 }
 # What bounds those that are given none.
 _BOUNDS = {aten.hardtanh.default: (-1.0, 1.0), aten.clamp.default: (-math.inf, math.inf)}
 
 
 def activation_of(node: Node) -> tuple[str, list[float]] | None:
-    """The name of an activation in the sparse operators, with its bounds, or None for another node."""
+    """The name of an activation in the sparse operators, with its constants, or None for another node."""
     if node.target in _BY_NAME:
         return _BY_NAME[node.target], []
     if node.target is aten.gelu.default:
         return "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu", []
+    given: list[Any] = [*node.args[1:]]
+    if node.target is aten.leaky_relu.default:
+        return "leaky_relu", [float(given[0]) if given else 0.01]
+    if node.target is aten.elu.default:
+        alpha, scale, input_scale = (*given, 1.0, 1.0, 1.0)[:3]
+        return ("elu", [float(alpha * scale), float(scale)]) if input_scale == 1 else None
     if node.target in _BOUNDS:
-        given: list[Any] = [*node.args[1:], None, None]
-        bounds = [end if bound is None else bound for bound, end in zip(given, _BOUNDS[node.target], strict=False)]
+        bounds = [
+            end if bound is None else bound
+            for bound, end in zip([*given, None, None], _BOUNDS[node.target], strict=False)
+        ]
         return None if any(isinstance(bound, Node) for bound in bounds) else ("clamp", [float(b) for b in bounds])
     return None
 

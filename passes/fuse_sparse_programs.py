@@ -85,10 +85,10 @@ class _ProgramWriter:
     def _step(self, node: Node) -> Step:
         arguments: tuple[Any, ...] = node.args
         if self.is_tokens:
-            source, weight, bias, activation, clamp = arguments
+            source, weight, bias, activation, constants = arguments
             residual, groups, window = None, 1, Window((1, 1), (1, 1))
         else:
-            source, weight, bias, residual, stride, padding, dilation, groups, activation, clamp = arguments
+            source, weight, bias, residual, stride, padding, dilation, groups, activation, constants = arguments
             in_size, out_size = source.meta["val"].shape[2:], node.meta["val"].shape[2:]
             window = Window(tuple(in_size), tuple(out_size), tuple(stride), tuple(padding), tuple(dilation))
         values = _value(weight)
@@ -101,7 +101,7 @@ class _ProgramWriter:
             groups=groups,
             residual=-1 if residual is None else self._number(residual),
             activation=activation,
-            clamp=tuple(clamp) or (0.0, 0.0),
+            constants=(*constants, 0.0, 0.0)[:2],
         )
 
 

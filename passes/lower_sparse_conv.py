@@ -108,7 +108,7 @@ def _lower(gm: GraphModule, node: Node) -> None:
         if len(others) == 1 and isinstance(others[0], Node) and same_shape(others[0], node):
             end, residual = add, others[0]
     user = only_user(end)
-    activation, clamp = (activation_of(user) if user is not None else None) or ("none", [])
+    activation, constants = (activation_of(user) if user is not None else None) or ("none", [])
     if user is not None and activation != "none":
         end = user
     if bias is None:
@@ -118,7 +118,7 @@ def _lower(gm: GraphModule, node: Node) -> None:
     given: list[Any] = [source, weight, bias, residual]
     tensors = [None if tensor is None else widened(gm, tensor, end) for tensor in given]
     with gm.graph.inserting_before(end):
-        arguments: Any = (*tensors, *window_arguments(node), groups, activation, clamp)
+        arguments: Any = (*tensors, *window_arguments(node), groups, activation, constants)
         lowered = gm.graph.call_function(SPARSE_CONV, arguments)
     lowered.meta.update({key: value for key, value in node.meta.items() if key != "val"})
     lowered.meta["val"] = end.meta["val"].float().contiguous()

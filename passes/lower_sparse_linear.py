@@ -87,14 +87,14 @@ def _operands(node: Node, scale: float, *, runs_code: bool) -> tuple[Choice, Ten
 def _lower(gm: GraphModule, node: Node, weight: Tensor, bias: Tensor | None) -> None:
     end: Node = node
     regrouped: Node | None = None
-    activation, clamp = "none", list[float]()
+    activation, constants = "none", list[float]()
     while (user := only_user(end)) is not None:
         if user.target in VIEWS and user.meta["val"].shape[-1] == weight.shape[0]:
             regrouped = user
         elif user.target is aten.add.Tensor and bias is None and (added := _vector(user, end, weight)) is not None:
             bias = added
         elif (found := activation_of(user)) is not None:
-            activation, clamp = found
+            activation, constants = found
             end = user
             break
         else:
@@ -109,7 +109,7 @@ def _lower(gm: GraphModule, node: Node, weight: Tensor, bias: Tensor | None) -> 
         new_constant(gm, f"{node.name}_bias", bias.float(), node),
     ]
     with gm.graph.inserting_before(end):
-        lowered = gm.graph.call_function(SPARSE_LINEAR, (*tensors, activation, clamp))
+        lowered = gm.graph.call_function(SPARSE_LINEAR, (*tensors, activation, constants))
         lowered.meta.update(node.meta)
         lowered.meta["val"] = node.meta["val"].float()
         result = narrowed(lowered, node.meta["val"].dtype, end)

@@ -15,11 +15,11 @@ from autosparse_fx.kernels.library import library
 _library = torch.library.Library("autosparse", "FRAGMENT")
 _library.define(
     "sparse_conv(Tensor x, Tensor weight, Tensor bias, Tensor? residual, int[] stride, int[] padding, int[] dilation, "
-    "int groups, str activation, float[] clamp) -> Tensor",
+    "int groups, str activation, float[] constants) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
-    "sparse_linear(Tensor x, Tensor weight, Tensor bias, str activation, float[] clamp) -> Tensor",
+    "sparse_linear(Tensor x, Tensor weight, Tensor bias, str activation, float[] constants) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
@@ -28,21 +28,29 @@ _library.define(
 )
 
 
-def activate(x: Tensor, activation: str, clamp: Sequence[float]) -> Tensor:
-    """Apply the activation of that name; ``clamp`` holds the bounds of "clamp" and is empty otherwise."""
-    if activation == "clamp":
-        return x.clamp(*clamp)
-    if activation == "gelu_tanh":
-        return F.gelu(x, approximate="tanh")
-    functions: dict[str, Callable[[Tensor], Tensor]] = {
+def activate(x: Tensor, activation: str, constants: Sequence[float]) -> Tensor:
+    """Apply the activation of that name.
+
+    Args:
+        constants: the bounds of "clamp", the slope of "leaky_relu", and of "elu" the factors of ``expm1(x)`` where x is
+            negative and of x elsewhere; empty for the others.
+    """
+    functions: dict[str, Callable[..., Tensor]] = {
         "none": lambda x: x.clone(),
+        "clamp": torch.clamp,
+        "leaky_relu": F.leaky_relu,
+        "elu": lambda x, negative, positive: torch.where(x > 0, positive * x, negative * x.expm1()),
+        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
         "relu": F.relu,
         "gelu": F.gelu,
         "silu": F.silu,
         "hardswish": F.hardswish,
+        "hardsigmoid": F.hardsigmoid,
         "sigmoid": torch.sigmoid,
+        "tanh": torch.tanh,
+        "mish": F.mish,
     }
-    return functions[activation](x)
+    return functions[activation](x, *constants)
 
 
 def _sparse_conv(
@@ -55,16 +63,16 @@ def _sparse_conv(
     dilation: list[int],
     groups: int,
     activation: str,
-    clamp: list[float],
+    constants: list[float],
 ) -> Tensor:
     y = torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
     if residual is not None:
         y = y + residual
-    return activate(y, activation, clamp).contiguous()
+    return activate(y, activation, constants).contiguous()
 
 
-def _sparse_linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str, clamp: list[float]) -> Tensor:
-    return activate(F.linear(x, weight, bias), activation, clamp).contiguous()
+def _sparse_linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str, constants: list[float]) -> Tensor:
+    return activate(F.linear(x, weight, bias), activation, constants).contiguous()
 
 
 def _shapes(flat: Sequence[int]) -> list[list[int]]:

@@ -53,12 +53,26 @@ enum Mode : int64_t {
   DEPTHWISE,  // every row reads a single channel, where it lies
 };
 
-enum Activation : int64_t { NONE, RELU, CLAMP, GELU, GELU_TANH, SILU, HARDSWISH, SIGMOID };
+enum Activation : int64_t {
+  NONE,
+  RELU,
+  CLAMP,  // between the constants
+  LEAKY_RELU,  // the first constant is its slope
+  ELU,  // the constants are the factors where the input is negative, and elsewhere
+  GELU,
+  GELU_TANH,
+  SILU,
+  HARDSWISH,
+  HARDSIGMOID,
+  SIGMOID,
+  TANH,
+  MISH
+};
 
 struct Step {
   int64_t source, target, residual;  // numbers of buffers; residual -1 for none
   int64_t activation;
-  double low, high;  // of CLAMP
+  double constants[2];  // of the activation
   int64_t rows;
   int64_t in_height, in_width, out_height, out_width;
   int64_t stride_y, stride_x;

@@ -18,9 +18,12 @@ C10_ALWAYS_INLINE void activate(Vec (&x)[NV], const Step& s) {
   auto each = [&](auto f) C10_ALWAYS_INLINE_ATTRIBUTE {
     for (int j = 0; j < NV; ++j) x[j] = f(x[j]);
   };
+  const Vec a(float(s.constants[0])), b(float(s.constants[1])), zero(0.f);
   switch (s.activation) {
-    case RELU: return each([](Vec v) { return at::vec::maximum(v, Vec(0.f)); });
-    case CLAMP: return each([&](Vec v) { return at::vec::clamp(v, Vec(float(s.low)), Vec(float(s.high))); });
+    case RELU: return each([=](Vec v) { return at::vec::maximum(v, zero); });
+    case CLAMP: return each([=](Vec v) { return at::vec::clamp(v, a, b); });
+    case LEAKY_RELU: return each([=](Vec v) { return at::vec::maximum(v, zero) + a * at::vec::minimum(v, zero); });
+    case ELU: return each([=](Vec v) { return b * at::vec::maximum(v, zero) + a * at::vec::minimum(v, zero).expm1(); });
     case GELU:
       return each([](Vec v) { return Vec(0.5f) * v * (Vec(1.f) + (v * Vec(0.70710678118654752440f)).erf()); });
     case GELU_TANH:
@@ -31,7 +34,14 @@ C10_ALWAYS_INLINE void activate(Vec (&x)[NV], const Step& s) {
     case SILU: return each([](Vec v) { return v / (Vec(1.f) + v.neg().exp()); });
     case HARDSWISH:
       return each([](Vec v) { return v * at::vec::clamp(v + Vec(3.f), Vec(0.f), Vec(6.f)) / Vec(6.f); });
+    case HARDSIGMOID: return each([](Vec v) { return at::vec::clamp(v + Vec(3.f), Vec(0.f), Vec(6.f)) / Vec(6.f); });
     case SIGMOID: return each([](Vec v) { return Vec(1.f) / (Vec(1.f) + v.neg().exp()); });
+    case TANH: return each([](Vec v) { return v.tanh(); });
+    case MISH:
+      return each([](Vec v) {  // v * tanh(log(1 + e)) with e = exp(v), which must not overflow
+        const Vec e = at::vec::minimum(v, Vec(20.f)).exp(), n = e * (e + Vec(2.f));
+        return v * n / (n + Vec(2.f));
+      });
     default: return;
   }
 }

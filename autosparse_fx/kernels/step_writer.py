@@ -152,7 +152,7 @@ class StepWriter:
             step.target,
             step.residual,
             ACTIVATIONS.index(step.activation),
-            *step.clamp,
+            *step.constants,
             self.rows,
             *window.in_size,
             *window.out_size,

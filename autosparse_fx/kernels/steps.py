@@ -6,7 +6,10 @@ from torch import Tensor
 
 # With the numbers that program.h has for them.
 MODES = {"plain": 0, "direct": 1, "grid": 2, "gathered": 2, "depthwise": 3}
-ACTIVATIONS = ("none", "relu", "clamp", "gelu", "gelu_tanh", "silu", "hardswish", "sigmoid")
+ACTIVATIONS = (
+    *("none", "relu", "clamp", "leaky_relu", "elu", "gelu", "gelu_tanh", "silu"),
+    *("hardswish", "hardsigmoid", "sigmoid", "tanh", "mish"),
+)
 BUFFER_KINDS = ("arena", "input", "output")
 # Images of a thread that stand side by side in the tiles of the last steps, at most, and the columns of those that may.
 MOST_IMAGES, JOINT_COLUMNS = 4, 64
@@ -61,7 +64,7 @@ class Step:
     Attributes:
         weight: ``[rows, channels / groups, height, width]``, float32; its zeros cost nothing.
         bias: ``[rows]``, float32.
-        clamp: bounds, of the activation "clamp".
+        constants: of the activation (see ``ops.activate``); zeros where it has fewer.
         vectors, block_channels: the tile's width and the channels that are packed at a time; 0 is the default.
         mode: how columns are read, one of MODES; "" is the default.
         layout: choices between ways to lay the step out.
@@ -75,7 +78,7 @@ class Step:
     groups: int = 1
     residual: int = -1
     activation: str = "none"
-    clamp: tuple[float, float] = (0.0, 0.0)
+    constants: tuple[float, float] = (0.0, 0.0)
     vectors: int = 0
     block_channels: int = 0
     mode: str = ""

@@ -256,6 +256,18 @@ def test_one_number_for_both_dimensions(one: dict[str, Any], seen: Seen) -> None
     assert seen.programs == 1
 
 
+@pytest.mark.parametrize(
+    "activation",
+    [nn.LeakyReLU(), nn.LeakyReLU(-0.3), nn.ELU(), nn.ELU(0.5), nn.SELU(), nn.Hardtanh(-0.2, 0.3), nn.Mish()],
+    ids=str,
+)
+def test_activations_keep_their_constants(activation: nn.Module, seen: Seen) -> None:
+    model = prune(nn.Sequential(nn.Conv2d(16, 64, 3), activation, nn.Conv2d(64, 16, 1), activation)).eval()
+    check(compiled(model), model, X)
+    check(compiled(model), model, 40 * X)
+    assert seen.programs == 2
+
+
 def test_tensors_of_a_subclass_run_as_they_are(seen: Seen, caplog: pytest.LogCaptureFixture) -> None:
     """As the local parts of distributed tensors are, or quantised weights."""
     model = made()

@@ -23,13 +23,18 @@ ACTIVATIONS = {
     "none": lambda x: x,
     "relu": F.relu,
     "clamp": lambda x: x.clamp(-0.5, 0.75),
+    "leaky_relu": lambda x: F.leaky_relu(x, 0.2),
+    "elu": lambda x: F.elu(x, 1.5),
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
     "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid,
     "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "mish": F.mish,
 }
-CLAMP = (-0.5, 0.75)
+CONSTANTS = {"clamp": (-0.5, 0.75), "leaky_relu": (0.2,), "elu": (1.5, 1.0)}
 
 
 def machine() -> Machine:
@@ -86,8 +91,7 @@ class Net:
             weight = sparse(rows, channels // groups, *kernel, density=density)
         self.sizes.append((rows, (out[0], out[1])))
         target = len(self.sizes) - 1
-        if others.get("activation") == "clamp":
-            others["clamp"] = CLAMP
+        others["constants"] = (*CONSTANTS.get(others.get("activation", ""), ()), 0.0, 0.0)[:2]
         window = Window(size, (out[0], out[1]), stride, padding, dilation)
         self.steps.append(Step(source, target, weight, 0.3 * torch.randn(rows), window, groups, **others))
         return target

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from kernels.compare import ACTIVATIONS, CLAMP, Net, assert_close, sparse, threads
+from kernels.compare import ACTIVATIONS, CONSTANTS, Net, assert_close, sparse, threads
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -18,7 +18,7 @@ CHECKS = ("test_schema", "test_faketensor", "test_autograd_registration")
 
 
 def bounds(activation: str) -> list[float]:
-    return list(CLAMP) if activation == "clamp" else []
+    return list(CONSTANTS.get(activation, ()))
 
 
 def conv_arguments(activation: str = "none", *, residual: bool = False, groups: int = 1, **changes: Any) -> list[Any]:

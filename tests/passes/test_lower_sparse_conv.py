@@ -89,6 +89,14 @@ def test_lowers_a_channels_last_input() -> None:
         (nn.GELU(approximate="tanh"), "gelu_tanh"),
         (nn.SiLU(), "silu"),
         (nn.Hardswish(), "hardswish"),
+        (nn.Hardsigmoid(), "hardsigmoid"),
+        (nn.Tanh(), "tanh"),
+        (nn.Mish(), "mish"),
+        (nn.LeakyReLU(), "leaky_relu"),
+        (nn.LeakyReLU(0.2), "leaky_relu"),
+        (nn.ELU(), "elu"),
+        (nn.ELU(0.5), "elu"),
+        (nn.SELU(), "elu"),
         (nn.Sigmoid(), "sigmoid"),
     ],
     ids=str,
@@ -101,7 +109,7 @@ def test_takes_the_activation_along(activation: nn.Module, name: str) -> None:
     assert [n.target for n in graph.gm.graph.nodes if n.op == "call_function"] == [SPARSE_CONV]
 
 
-@pytest.mark.parametrize("activation", [nn.ELU(), nn.LeakyReLU(0.1), nn.Tanh(), nn.Softplus()], ids=str)
+@pytest.mark.parametrize("activation", [nn.CELU(2.0), nn.PReLU(), nn.Softsign(), nn.Softplus()], ids=str)
 def test_leaves_other_functions_behind(activation: nn.Module) -> None:
     graph = captured(conv(), activation)
     assert graph.apply(lower_sparse_conv) == 1
