@@ -14,6 +14,7 @@ from autosparse_fx.arguments import check_module
 from autosparse_fx.kernels.layers import Layer, layers
 from autosparse_fx.kernels.library import library
 from autosparse_fx.kernels.program import Buffer, Step, Window, assemble
+from autosparse_fx.kernels.steps import as_kernel
 from autosparse_fx.kernels.timing import median_seconds
 from autosparse_fx.tables import Row, Tabular
 
@@ -161,7 +162,9 @@ def _time_dense(layer: Layer) -> float:
     x = _random((layer.units, layer.shape[1] * layer.groups, *window.in_size), layer.dtype)
     x = x.contiguous(memory_format=torch.channels_last)
     return _milliseconds(
-        cpu.constant_convolution(x, weight, bias, window.stride, window.padding, window.dilation, layer.groups)
+        cpu.constant_convolution(
+            x, as_kernel(weight), bias, window.stride, window.padding, window.dilation, layer.groups
+        )
     )
 
 
@@ -172,8 +175,7 @@ def _time_sparse(layer: Layer, sparsity: float) -> float:
     is_tokens = layer.window is None
     window = layer.window or Window((1, 1), (1, 1))
     pixels = window.in_size[0] * window.in_size[1]
-    kernel = weight if weight.dim() == 4 else weight[:, :, None, None]
-    step = Step(0, 1, kernel, weight.new_zeros(rows), window, layer.groups)
+    step = Step(0, 1, as_kernel(weight), weight.new_zeros(rows), window, layer.groups)
     buffers = [Buffer("input", channels, pixels), Buffer("output", rows, layer.columns)]
     kernels = library()
     images = 1 if is_tokens else layer.units // torch.get_num_threads()

@@ -14,6 +14,7 @@ from autosparse_fx._compat.dynamo_graphs import size_hint
 from autosparse_fx.kernels.library import library
 from autosparse_fx.kernels.ops import flatten_shapes
 from autosparse_fx.kernels.program import Buffer, Step, Window
+from autosparse_fx.kernels.steps import as_kernel
 from autosparse_fx.kernels.tuning import Task, tuned_layouts
 from autosparse_fx.passes.constants import constant, new_constant, remove_unused_constants
 from autosparse_fx.passes.lower_sparse_conv import SPARSE_CONV
@@ -89,13 +90,12 @@ class _ProgramWriter:
             residual, groups, window = None, 1, Window((1, 1), (1, 1))
         else:
             source, weight, bias, residual, stride, padding, dilation, groups, activation, constants = arguments
-            in_size, out_size = source.meta["val"].shape[2:], node.meta["val"].shape[2:]
-            window = Window(tuple(in_size), tuple(out_size), tuple(stride), tuple(padding), tuple(dilation))
+            window = Window.of(_sizes(source)[1:], _sizes(node)[1:], stride, padding, dilation)
         values = _value(weight)
         return Step(
             source=self._number(source),
             target=self._number(node),
-            weight=values if values.dim() == 4 else values[:, :, None, None],
+            weight=as_kernel(values),
             bias=_value(bias),
             window=window,
             groups=groups,

@@ -39,9 +39,9 @@ def lower_sparse_conv(gm: GraphModule) -> int:
 
 
 def window_arguments(node: Node) -> list[Any]:
-    """Stride, padding and dilation of a convolution in two dimensions, in y and x: a single number stands for both."""
+    """Stride, padding and dilation of a convolution, in all its dimensions: a single number stands for two."""
     given: Any = node.args[3:6]
-    return [[*values] * (2 // len(values)) for values in given]
+    return [[*values] * ((node.meta["val"].dim() - 2) // len(values)) for values in given]
 
 
 def _conversion(tensor: Node) -> float:
@@ -84,7 +84,7 @@ def _unsupported(node: Node) -> str:
         return "its weight is no constant"
     if transposed:
         return "transposed"
-    if value.dim() != 4:
+    if value.dim() not in (3, 4):
         return f"{value.dim() - 2}-dimensional" if value.dim() > 2 else "without a batch dimension"
     if reason := lacking(stored, value):
         return reason

@@ -60,6 +60,11 @@ def test_dense_layers_are_timed_in_the_dtype_of_the_model(dtype: torch.dtype, mo
     assert dtypes == {dtype}
 
 
+def test_convolution_in_one_dimension() -> None:
+    (layer,) = advise(nn.Conv1d(16, 48, 5, stride=2, dilation=3), torch.randn(2, 16, 300), sparsities=(0.9,)).layers
+    assert layer.shape == (48, 16, 5) and layer.dense_ms is not None and set(layer.sparse_ms) == {0.9}
+
+
 def test_pays_from_is_where_sparse_stays_faster() -> None:
     def layer(**milliseconds: float) -> LayerAdvice:
         return LayerAdvice("w", (1,), 1.0, {float(k.replace("_", "0.")): v for k, v in milliseconds.items()})

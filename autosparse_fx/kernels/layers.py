@@ -38,7 +38,7 @@ class Layer:
         choice: whether it runs sparse as it is, and why.
         shape: of the weight, ``[rows, channels / groups, ...]``.
         units, columns: images and pixels of the output, or 1 and tokens.
-        window: of a convolution in two dimensions; None for a product.
+        window: of a convolution in one or two dimensions; None for a product.
         groups: of a convolution.
         dtype: that it computes in where it runs dense.
     """
@@ -121,8 +121,7 @@ def _geometry(node: Node) -> tuple[tuple[int, ...], int, int, Window | None, int
     shape = tuple(int(size) for size in weight.shape)
     source, groups = arguments[0], arguments[8]
     units, columns = int(value.shape[0]), int(value[0, 0].numel())
-    if value.dim() != 4:
+    if value.dim() not in (3, 4):
         return shape, units, columns, None, groups, value.dtype
-    in_size, out_size = source.meta["val"].shape[2:], value.shape[2:]
-    window = Window(tuple(in_size), tuple(out_size), *map(tuple, window_arguments(node)))
+    window = Window.of(source.meta["val"].shape[2:], value.shape[2:], *window_arguments(node))
     return shape, units, columns, window, groups, value.dtype

@@ -102,9 +102,7 @@ def _run_program(program: Tensor, inputs: list[Tensor], any_layout: list[int], s
 
 
 def _readable(x: Tensor, in_any_layout: bool) -> Tensor:
-    if in_any_layout and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        return x
-    return x.contiguous()
+    return x if in_any_layout and x.dim() > 2 and x.movedim(1, -1).is_contiguous() else x.contiguous()
 
 
 _library.impl("sparse_conv", _sparse_conv, "CompositeExplicitAutograd")

@@ -1,5 +1,6 @@
 """What a program is made of: steps, the buffers that they read and write, and the machine that it is laid out for."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -40,6 +41,17 @@ class Window:
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
+
+    @classmethod
+    def of(cls, in_size: Sequence[int], out_size: Sequence[int], *window: Sequence[int]) -> "Window":
+        """Of a convolution in two dimensions, or in one: its input is an image of one row.
+
+        Args:
+            window: stride, padding and dilation.
+        """
+        alone = (1, 1, 1, 0, 1)  # what each is where there is but one row
+        given = zip((in_size, out_size, *window), alone, strict=True)
+        return cls(*((row, values[0]) if len(values) == 1 else (values[0], values[1]) for values, row in given))
 
 
 @dataclass(frozen=True)
@@ -98,6 +110,11 @@ class Machine:
     vector_length: int
     most_vectors: int
     runs_code: bool = False
+
+
+def as_kernel(weight: Tensor) -> Tensor:
+    """``[rows, channels, height, width]`` from the weight of a product or a convolution in one or two dimensions."""
+    return weight.reshape(*weight.shape[:2], *[1] * (4 - weight.dim()), *weight.shape[2:])
 
 
 def round_up(value: int, to: int) -> int:

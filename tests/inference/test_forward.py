@@ -280,11 +280,11 @@ def test_tensors_of_a_subclass_run_as_they_are(seen: Seen, caplog: pytest.LogCap
 
 
 @pytest.mark.parametrize("layer, why", [
-    (nn.Conv1d(16, 32, 3), "1-dimensional (1)"),
+    (nn.Conv3d(16, 32, 3), "3-dimensional (1)"),
     (nn.Bilinear(16, 16, 32), "its graph has no layer that has one"),
 ], ids=["layer without a kernel", "no layer"])  # fmt: skip
 def test_why_nothing_runs_sparse_is_in_the_log(layer: nn.Module, why: str, caplog: pytest.LogCaptureFixture) -> None:
-    x = [torch.randn(4, 16)] * 2 if isinstance(layer, nn.Bilinear) else [torch.randn(4, 16, 16)]
+    x = [torch.randn(4, 16)] * 2 if isinstance(layer, nn.Bilinear) else [torch.randn(4, 16, 5, 6, 7)]
     with caplog.at_level("INFO", "autosparse_fx"):
         check(compiled(layer), layer, *x)
     assert f"no sparse kernels: {why}" in caplog.text

@@ -72,6 +72,25 @@ class Block(nn.Module):
         return self.mlp(x + self.attention(y, y, y, need_weights=False)[0])
 
 
+class Speech(nn.Module):
+    """Convolutions over time, of features that are side by side at each time: the first shortens, another one looks
+    further, one is depthwise, and a residual is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv1d(24, 32, 5, stride=2, padding=2), nn.BatchNorm1d(32), nn.ELU())
+        self.wide = nn.Sequential(
+            nn.Conv1d(32, 64, 3, padding=4, dilation=4, bias=False), nn.BatchNorm1d(64), nn.GELU()
+        )
+        self.deep = nn.Sequential(nn.Conv1d(64, 64, 3, padding=1, groups=64), nn.SiLU())
+        self.thin, self.head = nn.Conv1d(64, 32, 1), nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x.transpose(1, 2))
+        x = F.leaky_relu(self.thin(self.deep(self.wide(x))) + x)
+        return self.head(x.transpose(1, 2))
+
+
 class Stack(nn.Module):
     """Two convolutions and their activations; the smallest model that is one program."""
 
@@ -87,6 +106,7 @@ MODELS: dict[str, tuple[type[nn.Module], Callable[[int], Tensor]]] = {
     "stack": (Stack, lambda batch: torch.randn(batch, 16, 12, 14)),
     "residual": (Residual, lambda batch: torch.randn(batch, 3, 21, 20)),
     "mobile": (Mobile, lambda batch: torch.randn(batch, 3, 20, 18)),
+    "speech": (Speech, lambda batch: torch.randn(batch, 45, 24)),
     "mlp": (Mlp, lambda batch: torch.randn(batch, 21, 64)),
     "attention": (Block, lambda batch: torch.randn(batch, 21, 64)),
 }
@@ -116,7 +136,7 @@ def compiled(model: nn.Module, **arguments: Any) -> Any:
 def made(name: str = "stack", sparsity: float = 0.9) -> nn.Module:
     model = prune(MODELS[name][0](), sparsity).eval()
     for module in model.modules():
-        if isinstance(module, nn.Conv2d) and module.groups > 1:
+        if isinstance(module, (nn.Conv1d, nn.Conv2d)) and module.groups > 1:
             nn.init.normal_(module.weight, 0, 0.3)  # as they stay in a pruned MobileNet
     return model
 

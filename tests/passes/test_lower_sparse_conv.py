@@ -306,9 +306,15 @@ def test_transposed_convolution_stays() -> None:
     left_alone(captured(nn.ConvTranspose2d(16, 32, 3)), "transposed")
 
 
+def test_one_dimension() -> None:
+    layer = nn.Conv1d(16, 64, 5, stride=2, padding=3, dilation=2)
+    graph = captured(nn.Conv1d(16, 16, 3), layer, nn.ReLU(), x=torch.randn(2, 16, 99))
+    assert graph.apply(lower_sparse_conv) == 2
+    *_, node = graph.nodes(SPARSE_CONV)
+    assert node.args[4:] == ([2], [3], [2], 1, "relu", []) and node.meta["val"].shape == (2, 64, 48)
+
+
 def test_other_dimensions_stay() -> None:
-    left_alone(captured(nn.Conv1d(16, 64, 3), x=torch.randn(2, 16, 99)), "1-dimensional")
-    torch._dynamo.reset()
     left_alone(captured(nn.Conv3d(16, 32, 3), x=torch.randn(1, 16, 9, 9, 9)), "3-dimensional")
 
 
