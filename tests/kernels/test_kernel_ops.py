@@ -17,7 +17,7 @@ PROGRAM = torch.ops.autosparse.run_program.default
 CHECKS = ("test_schema", "test_faketensor", "test_autograd_registration")
 
 
-def bounds(activation: str) -> list[float]:
+def constants_of(activation: str) -> list[float]:
     return list(CONSTANTS.get(activation, ()))
 
 
@@ -26,14 +26,14 @@ def conv_arguments(activation: str = "none", *, residual: bool = False, groups: 
         "x": torch.randn(2, 6, 9, 8), "weight": sparse(8, 6 // groups, 3, 3, density=0.5), "bias": torch.randn(8),
         "residual": torch.randn(2, 8, 5, 4) if residual else None,
         "stride": [2, 2], "padding": [1, 1], "dilation": [1, 1], "groups": groups,
-        "activation": activation, "clamp": bounds(activation),
+        "activation": activation, "clamp": constants_of(activation),
     }  # fmt: skip
     return list({**named, **changes}.values())
 
 
 def linear_arguments(activation: str = "none", x: Tensor | None = None) -> list[Any]:
     x = torch.randn(5, 6) if x is None else x
-    return [x, sparse(8, 6, density=0.5), torch.randn(8), activation, bounds(activation)]
+    return [x, sparse(8, 6, density=0.5), torch.randn(8), activation, constants_of(activation)]
 
 
 def program_arguments() -> tuple[list[Any], list[Tensor]]:
