@@ -26,7 +26,7 @@ def conv_arguments(activation: str = "none", *, residual: bool = False, groups: 
         "x": torch.randn(2, 6, 9, 8), "weight": sparse(8, 6 // groups, 3, 3, density=0.5), "bias": torch.randn(8),
         "residual": torch.randn(2, 8, 5, 4) if residual else None,
         "stride": [2, 2], "padding": [1, 1], "dilation": [1, 1], "groups": groups,
-        "activation": activation, "clamp": constants_of(activation),
+        "activation": activation, "constants": constants_of(activation),
     }  # fmt: skip
     return list({**named, **changes}.values())
 
