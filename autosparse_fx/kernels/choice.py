@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from autosparse_fx._compat import cpu
-from autosparse_fx.kernels.entries import bytes_of_entry
 from autosparse_fx.kernels.machine_code import gains
 from autosparse_fx.kernels.step_writer import GATHER_ROWS, OFFSETS
 from autosparse_fx.kernels.steps import JOINT_COLUMNS, MOST_IMAGES
@@ -51,6 +50,7 @@ PROGRAM, CONVERT, CAST = 300_000, 2.5, 1.2
 # Cycles of all threads for each byte of a weight that is read, where that is all that a layer does: from memory (or a
 # cache that all cores share), and of small weights from a core's own cache. As seen on AMD's Zen 4.
 READ, READ_AGAIN, SMALL = 0.5, 0.1, 2**20
+ENTRY_BYTES = 6
 WORTHWHILE = 64 * 1024  # multiply-adds of the dense layer, below which nothing is gained that could be measured
 
 MOST_TAPS = OFFSETS // LANES  # of a window
@@ -136,8 +136,7 @@ def choose(
     dense, sparse = dense * vectors, sparse * vectors
     if columns * units < LANES:  # few tokens
         dense = max(dense, scale * _reading(rows * depth * dtype.itemsize))
-        size = bytes_of_entry(columns * units, LANES, is_bfloat16=dtype == torch.bfloat16)
-        sparse = max(sparse, _reading(entries * size))
+        sparse = max(sparse, _reading(entries * ENTRY_BYTES))
     gains_alone = has_zeros and sparse < MARGIN * dense
     return Choice(gains_alone, f"estimated {dense / sparse:.1f}x", True, dense, sparse, gains_alone)
 

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstring>
-#include <type_traits>
 
 #include "program.h"
 #include "rows.h"
@@ -25,21 +24,12 @@ inline bool is_narrow(const Step& s, const Block& b, Tile t) {
          (s.mode == PLAIN || s.mode == DIRECT);
 }
 
-inline float value_of(float value) { return value; }
-inline float value_of(Bfloat16 upper) {
-  const uint32_t bits = uint32_t(upper) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
 // Rows of one block whose pattern is entries, for at most N columns. `packed`: memory for N floats for each channel.
-template <int N, typename Position, typename Value>
+template <int N>
 void compute_narrow(const Step& s, const Block& b, const char* data, const Place& x, float* packed, float* partial,
                     Tile t, const Place& y, const Place& residual) {
   using Lane = typename Few<N>::Type;
-  constexpr bool ARE_GAPS = std::is_same_v<Position, Gap>;
-  const int shift = log2_of(s.channel_stride / N);  // from where a channel would be in the packed block of a wider tile
+  constexpr int SHIFT = log2_of(VL / N);  // from where a channel would be in a tile of a vector
   const float* source = x.data + t.column0 * x.column_stride;
   for (int64_t c = b.channel0; c < b.channel1; ++c) {
     float* target = packed + (c - b.channel0) * N;
@@ -47,9 +37,14 @@ void compute_narrow(const Step& s, const Block& b, const char* data, const Place
     for (int64_t i = 0; i < N; ++i) target[i] = i < t.columns ? channel[i * x.column_stride] : 0.0f;
   }
   const int32_t* starts = reinterpret_cast<const int32_t*>(data + b.starts);
-  const Position* positions = reinterpret_cast<const Position*>(data + b.positions);
-  const Value* values = reinterpret_cast<const Value*>(data + b.values);
+  const Offset* offsets = reinterpret_cast<const Offset*>(data + b.offsets);
+  const float* values = reinterpret_cast<const float*>(data + b.values);
   const float* bias = reinterpret_cast<const float*>(data + s.bias);
+  auto product = [&](int64_t e) C10_ALWAYS_INLINE_ATTRIBUTE {
+    Lane columns;
+    std::memcpy(&columns, packed + (offsets[e] >> SHIFT), sizeof(Lane));
+    return columns * values[e];
+  };
   for (int64_t m = std::max(b.row0, t.row0), end = std::min(b.row1, t.row1); m < end; ++m) {
     float* sums = partial + (m - t.row0) * VL;
     alignas(64) float line[VL] = {};
@@ -58,19 +53,12 @@ void compute_narrow(const Step& s, const Block& b, const char* data, const Place
     } else {
       std::memcpy(line, sums, N * sizeof(float));
     }
-    const float* channel = packed;
-    auto product = [&](int64_t e) C10_ALWAYS_INLINE_ATTRIBUTE {
-      channel = ARE_GAPS ? channel + int64_t(positions[e]) * N : packed + (positions[e] >> shift);
-      Lane columns;
-      std::memcpy(&columns, channel, sizeof(Lane));
-      return columns * value_of(values[e]);
-    };
     Lane acc[4] = {};  // so that no sum waits for the one before
     std::memcpy(&acc[0], line, sizeof(Lane));
     int64_t e = starts[m - b.row0];
     const int64_t stop = starts[m - b.row0 + 1];
     for (; e + 4 <= stop; e += 4) {
-      prefetch_entries(positions + e, values + e);
+      prefetch_entries(offsets + e, values + e);
       for (int i = 0; i < 4; ++i) acc[i] += product(e + i);
     }
     for (; e != stop; ++e) acc[0] += product(e);
@@ -85,21 +73,11 @@ void compute_narrow(const Step& s, const Block& b, const char* data, const Place
   }
 }
 
-template <int N, typename... Arguments>
-void compute_format(const Step& s, const Block& b, Arguments&&... arguments) {
-  switch (b.format) {
-    case GAPS + BFLOAT16: return compute_narrow<N, Gap, Bfloat16>(s, b, arguments...);
-    case GAPS: return compute_narrow<N, Gap, float>(s, b, arguments...);
-    case BFLOAT16: return compute_narrow<N, Offset, Bfloat16>(s, b, arguments...);
-    default: return compute_narrow<N, Offset, float>(s, b, arguments...);
-  }
-}
-
 void compute_few(const Step& s, const Block& b, const char* data, const Place& x, float* packed, float* partial, Tile t,
                  const Place& y, const Place& residual) {
-  if (t.columns == 1) return compute_format<1>(s, b, data, x, packed, partial, t, y, residual);
-  if (t.columns <= 4) return compute_format<4>(s, b, data, x, packed, partial, t, y, residual);
-  if constexpr (VL >= 8) compute_format<8>(s, b, data, x, packed, partial, t, y, residual);
+  if (t.columns == 1) return compute_narrow<1>(s, b, data, x, packed, partial, t, y, residual);
+  if (t.columns <= 4) return compute_narrow<4>(s, b, data, x, packed, partial, t, y, residual);
+  if constexpr (VL >= 8) compute_narrow<8>(s, b, data, x, packed, partial, t, y, residual);
 }
 
 }  // namespace

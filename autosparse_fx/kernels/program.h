@@ -15,19 +15,14 @@ constexpr int MAX_NV = 16;  // vectors of the widest tile
 // How much further the arguments of machine code point (see machine_code.py).
 constexpr int64_t X_BIAS = 128 * 64, WEIGHT_BIAS = 128 * 4;
 
-// Floats from the start of the tile in the packed block, or in the source where it is read directly.
+// Floats from the start of the tile in the packed block, or in the source where it is read directly. Two bytes, because
+// what a layer of few columns takes is the time to read its weights.
 using Offset = uint16_t;
-// How entries for few columns are written instead (see entries.py): channels from the entry before, and the upper half of
-// a float.
-using Gap = uint8_t;
-using Bfloat16 = uint16_t;
-enum Format : int64_t { GAPS = 1, BFLOAT16 = 2 };
 
 struct Block {  // rows [row0, row1) over input channels [channel0, channel1)
   int64_t row0, row1, channel0, channel1, first, last;
   int64_t starts;  // byte position in data: for row1 - row0 + 1 rows, where their entries begin, int32
-  int64_t positions, values;  // byte positions in data: of each entry, Offset and float, or what the format says
-  int64_t format;
+  int64_t offsets, values;  // byte positions in data: of each entry, Offset and float
   int64_t groups, group_count;  // instead of entries, where the pattern is machine code
 };
 

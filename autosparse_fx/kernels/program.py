@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from autosparse_fx.kernels.chains import find_chains, ring_columns
-from autosparse_fx.kernels.entries import lanes_of
 from autosparse_fx.kernels.library import library
 from autosparse_fx.kernels.memory import images_in_buffers, layout_of, place, place_rings, tiled_buffers
 from autosparse_fx.kernels.step_writer import Blob, StepWriter
@@ -63,8 +62,7 @@ def assemble(
     blob.add(np.zeros(header_size, np.uint8))
     are_few = 0 < tokens < machine.vector_length
     chunk = machine.vector_length * (1 if are_few else machine.most_vectors) if is_tokens else 0
-    lanes = lanes_of(tokens, machine.vector_length) if is_tokens else 0
-    writers = [StepWriter(step, machine, chunk, lanes=lanes) for step in steps]
+    writers = [StepWriter(step, machine, chunk) for step in steps]
     side_by_side = 1 if is_tokens else max(1, min(images, MOST_IMAGES))
     joint_from = _joint_from(writers) if side_by_side > 1 else len(steps)
     writers[joint_from:] = [StepWriter(step, machine, images=side_by_side) for step in steps[joint_from:]]

@@ -124,10 +124,9 @@ void compute_coded(const Step& s, const Block& b, const char* data, const char* 
 }
 
 // What is read some hundreds of entries later.
-template <typename Position, typename Value>
-inline void prefetch_entries(const Position* position, const Value* value) {
-  __builtin_prefetch(position + 256, 0, 3);
-  __builtin_prefetch(value + 256, 0, 3);
+inline void prefetch_entries(const Offset* offset, const float* value) {
+  __builtin_prefetch(reinterpret_cast<const char*>(offset) + 512, 0, 3);
+  __builtin_prefetch(reinterpret_cast<const char*>(value) + 1024, 0, 3);
 }
 
 // Rows of one block whose pattern is entries.
@@ -135,7 +134,7 @@ template <int NV>
 void compute_entries(const Step& s, const Block& b, const char* data, const char* x, float* partial, Tile t,
                      const Place& y, const Place& residual) {
   const int32_t* starts = reinterpret_cast<const int32_t*>(data + b.starts);
-  const Offset* offsets = reinterpret_cast<const Offset*>(data + b.positions);
+  const Offset* offsets = reinterpret_cast<const Offset*>(data + b.offsets);
   const float* values = reinterpret_cast<const float*>(data + b.values);
   const float* source = reinterpret_cast<const float*>(x);
   const float* bias = reinterpret_cast<const float*>(data + s.bias);

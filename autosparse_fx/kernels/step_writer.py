@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from autosparse_fx.kernels.entries import compact, entries
 from autosparse_fx.kernels.machine_code import MOST_ROWS, gains, group_code
 from autosparse_fx.kernels.packing import gathered, grid
 from autosparse_fx.kernels.steps import ACTIVATIONS, JOINT_COLUMNS, MODES, Machine, Step
@@ -54,21 +53,13 @@ class StepWriter:
     Args:
         tokens: the most that are worked on at a time, or 0 for images.
         images: the most that are worked on side by side, or 0 where each is worked on by itself.
-        lanes: floats of a packed channel, where the tokens are few (see ``entries.py``), or 0.
         is_narrow: its tiles are no wider than those of steps without machine code.
     """
 
     def __init__(
-        self,
-        step: Step,
-        machine: Machine,
-        tokens: int = 0,
-        images: int = 0,
-        *,
-        lanes: int = 0,
-        is_narrow: bool = False,
+        self, step: Step, machine: Machine, tokens: int = 0, images: int = 0, *, is_narrow: bool = False
     ) -> None:
-        self.machine, self.tokens, self.images, self.lanes = machine, tokens, images, lanes
+        self.machine, self.tokens, self.images = machine, tokens, images
         self.step, self.window = step, step.window
         self.rows, self.group_channels, *kernel = step.weight.shape
         self.kernel = kernel[0], kernel[1]
@@ -80,7 +71,7 @@ class StepWriter:
         narrow = _tile_vectors(columns, machine, machine.most_vectors)
         layout = step.layout
         by_code = gains(self.density, self.depth, narrow) if layout.is_coded is None else layout.is_coded
-        may_be_coded = machine.runs_code and by_code and not lanes
+        may_be_coded = machine.runs_code and by_code
         widest = CODE_TILE if may_be_coded and not tokens else machine.most_vectors
         if not may_be_coded:
             widest = max(1, min(widest, OFFSETS // (math.prod(kernel) * machine.vector_length)))
@@ -95,7 +86,7 @@ class StepWriter:
         if self.mode == "grid":
             self.packing = grid(self.window, self.kernel, width, machine.vector_length)
         else:
-            self.packing = gathered(self.window, self.kernel, lanes or width)
+            self.packing = gathered(self.window, self.kernel, width)
         wanted = step.block_channels or max(1, round(layout.block_share * self._default_block_channels()))
         if not self.is_coded and self.mode != "depthwise":
             if self.packing.floats > OFFSETS:
@@ -106,7 +97,7 @@ class StepWriter:
 
     def narrowed(self) -> "StepWriter":
         """The same step with narrow tiles."""
-        return StepWriter(self.step, self.machine, self.tokens, self.images, lanes=self.lanes, is_narrow=True)
+        return StepWriter(self.step, self.machine, self.tokens, self.images, is_narrow=True)
 
     @property
     def may_be_joint(self) -> bool:
@@ -198,15 +189,14 @@ class StepWriter:
                 blocks.append([row0, row0 + rows, base + start, base + stop, int(is_first), int(is_last), *positions])
         return blocks
 
-    def _pattern(self, blob: Blob, weight: Tensor, row0: int, is_first: bool) -> tuple[int, ...]:
+    def _pattern(self, blob: Blob, weight: Tensor, row0: int, is_first: bool) -> tuple[int, int, int, int, int]:
         """The last fields of a block: where its pattern is."""
         row, channel, y, x = (i.numpy() for i in weight.nonzero(as_tuple=True))
         tap = y * self.kernel[1] + x
         offset, value = channel * self.packing.floats + self.packing.offsets[tap], weight[weight != 0].numpy()
         starts = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=weight.shape[0]))])
         if not self.is_coded:
-            made = compact(starts, channel, value, self.lanes) if self.lanes else entries(offset, value)
-            return blob.add(starts.astype(np.int32)), blob.add(made.positions), blob.add(made.values), made.format, 0, 0
+            return blob.add(starts.astype(np.int32)), blob.add(offset.astype(np.uint16)), blob.add(value), 0, 0
         groups = []
         for first, stop in self._groups():
             if not row0 <= first < row0 + len(weight):
@@ -216,7 +206,7 @@ class StepWriter:
             at, stride = 4 * offset[mine], 4 * self.width  # in bytes
             code = group_code(row[mine] - (first - row0), at, stop - first, stride, is_first=is_first)
             groups.append([first, stop, blob.add(np.frombuffer(code, np.uint8)), blob.add(value[mine])])
-        return 0, 0, 0, 0, blob.add(np.array(groups, np.int64)), len(groups)
+        return 0, 0, 0, blob.add(np.array(groups, np.int64)), len(groups)
 
     def _groups(self) -> list[tuple[int, int]]:
         """Rows that share machine code, of about the same number."""

@@ -152,12 +152,12 @@ class Net:
         """Compare runs with the dense computation.
 
         Patterns are entries, or machine code where that can be; images come one after the other, or side by side, and
-        tokens in programs for any number and for this one.
+        tokens in chunks of two lengths.
         """
         inputs = self.random_inputs(batch)
         layouts = [
             {"is_coded": False},
-            {"is_coded": False, "images": 2, "tokens": batch},
+            {"is_coded": False, "images": 2, "tokens": 1},  # tokens in chunks that are short
             {"is_coded": machine().runs_code, "images": 4},
         ]
         for layout in layouts:

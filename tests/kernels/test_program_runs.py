@@ -70,25 +70,6 @@ def test_few_tokens(count: int, number: int) -> None:
         net.check([net.layer(x, 21), y], count)
 
 
-@pytest.mark.parametrize("count", [1, 2, 4, 5, 8])
-@pytest.mark.parametrize("is_bfloat16", [False, True])
-@pytest.mark.parametrize("far", [False, True])
-def test_formats_of_entries_for_few_tokens(count: int, is_bfloat16: bool, far: bool) -> None:
-    """Positions of one byte or two, and values of two bytes or four."""
-    weight = sparse(40, 900, 1, 1, density=0.05)
-    weight[7] = 0
-    if far:
-        weight[3, 1:400] = 0
-    if is_bfloat16:
-        weight = weight.bfloat16().float()
-    net = Net(is_tokens=True)
-    x = net.layer(net.input(900), 40, weight=weight, activation="silu")
-    outputs = [x, net.layer(x, 30)]
-    net.check(outputs, count)
-    sizes = [net.assemble(outputs, tokens=tokens).data.numel() for tokens in (0, 1)]
-    assert sizes[1] < sizes[0]
-
-
 @pytest.mark.parametrize("density", [0.0, 1.0])
 def test_tokens_with_zero_and_dense_weight(density: float) -> None:
     net = Net(is_tokens=True)
