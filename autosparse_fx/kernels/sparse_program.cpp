@@ -51,6 +51,7 @@ void run_tile(const Step& s, const char* data, const Place& x, const Place& y, c
   const TileMemory parts(s);
   float* packed = reinterpret_cast<float*>(tile_memory.get(parts.all * sizeof(float)));
   float* partial = packed + parts.partial;
+  if (is_narrow(s, data, t)) return run_few(s, data, x, packed, partial, t, y, residual);
   Pick* picks = reinterpret_cast<Pick*>(packed + parts.picks);
   const Block* blocks = reinterpret_cast<const Block*>(data + s.blocks);
   if (s.mode == PICKED || s.mode == DEPTHWISE) find_picks(s, data, x, t, picks);
@@ -59,10 +60,6 @@ void run_tile(const Step& s, const char* data, const Place& x, const Place& y, c
   for (int64_t i = 0; i < s.block_count; ++i) {
     const Block& b = blocks[i];
     if (b.row1 <= t.row0 || b.row0 >= t.row1) continue;
-    if (is_narrow(s, b, t)) {
-      compute_few(s, b, data, x, packed, partial, t, y, residual);
-      continue;
-    }
     const char* start = s.mode == DIRECT ? reinterpret_cast<const char*>(x.data + b.channel0 * x.row_stride + t.column0)
                                          : pack(s, b, x, picks, packed, t);
     COMPUTE[vectors - 1](s, b, data, start, partial, t, y, residual);

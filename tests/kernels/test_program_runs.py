@@ -70,6 +70,16 @@ def test_few_tokens(count: int, number: int) -> None:
         net.check([net.layer(x, 21), y], count)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 3), (2, 4)])
+@pytest.mark.parametrize("number", [1, 2])
+def test_images_of_few_pixels_with_residuals(size: tuple[int, int], number: int) -> None:
+    net = Net()
+    x = net.layer(net.input(40, size), 33, activation="silu")
+    y = net.layer(x, 33, residual=x, activation="relu", block_channels=9)
+    with threads(number):
+        net.check([y, net.layer(y, 7, residual=net.input(7, size))], 3)
+
+
 @pytest.mark.parametrize("density", [0.0, 1.0])
 def test_tokens_with_zero_and_dense_weight(density: float) -> None:
     net = Net(is_tokens=True)
