@@ -70,8 +70,9 @@ def assemble(
     narrow = {w.window.out_size for w in writers if images < 1 or not w.is_coded}
     # Steps hand each other tiles in the cache only where those are equally wide.
     writers = [w.narrowed() if w.vectors > machine.most_vectors and w.window.out_size in narrow else w for w in writers]
-    # Tiles of so few columns are packed anew, and quickest where channels are contiguous.
-    tiled = {} if 0 < 2 * tokens <= machine.vector_length else tiled_buffers(writers, buffers)
+    # So few columns are read and written quickest where channels are contiguous, as those of inputs and outputs are.
+    are_narrow = is_tokens and 0 < 2 * tokens <= machine.vector_length
+    tiled = {} if are_narrow else tiled_buffers(writers, buffers)
     for writer in writers:
         if writer.mode == "plain" and writer.step.source in tiled:
             writer.read_tiles()

@@ -152,14 +152,14 @@ class Net:
         """Compare runs with the dense computation.
 
         Patterns are entries, or machine code where that can be; images come one after the other, or side by side, and
-        tokens in chunks of two lengths.
+        tokens in programs for any number, for one and for nearly a vector.
         """
         inputs = self.random_inputs(batch)
-        layouts = [
-            {"is_coded": False},
-            {"is_coded": False, "images": 2, "tokens": 1},  # tokens in chunks that are short
-            {"is_coded": machine().runs_code, "images": 4},
-        ]
+        entries, coded = {"is_coded": False}, {"is_coded": machine().runs_code}
+        layouts: list[dict[str, int]] = [entries, entries | {"images": 2}, coded | {"images": 4}]
+        if self.is_tokens:
+            counts = (0, 1, machine().vector_length - 1)
+            layouts = [pattern | {"tokens": count} for pattern in (entries, coded) for count in counts]
         for layout in layouts:
             found = self.run(inputs, outputs, channels_last=channels_last, **layout)
             for y, expected in zip(found, self.expected(inputs, outputs), strict=True):

@@ -76,8 +76,9 @@ def test_images_of_few_pixels_with_residuals(size: tuple[int, int], number: int)
     net = Net()
     x = net.layer(net.input(40, size), 33, activation="silu")
     y = net.layer(x, 33, residual=x, activation="relu", block_channels=9)
+    in_place = net.layer(net.layer(y, 20), 33, residual=y, activation="relu")
     with threads(number):
-        net.check([y, net.layer(y, 7, residual=net.input(7, size))], 3)
+        net.check([net.layer(in_place, 7, residual=net.input(7, size))], 3)
 
 
 @pytest.mark.parametrize("density", [0.0, 1.0])
