@@ -68,8 +68,8 @@ def layout_of(
     side_by_side: bool = False,
 ) -> Layout:
     if tokens and not tile_width:
-        is_input_or_output = buffer.kind != "arena"
-        return Layout(1, buffer.channels, is_input_or_output * buffer.channels, 0, 0, tokens * buffer.channels)
+        unit_stride = 0 if buffer.kind == "arena" else buffer.channels
+        return Layout(1, buffer.channels, unit_stride, 0, 0, tokens * buffer.channels)
     if buffer.kind != "arena":
         return Layout(buffer.columns, 1, buffer.channels * buffer.columns, 0, 0, 0)
     columns = tokens or buffer.columns

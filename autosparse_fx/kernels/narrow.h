@@ -31,7 +31,8 @@ const float* pack_narrow(const Block& b, const Place& x, float* packed, Tile t) 
   const float* source = x.data + t.column0 * x.column_stride + b.channel0 * x.row_stride;
   if (N == 1 && x.row_stride == 1) return source;
   for (int64_t c = 0; c < b.channel1 - b.channel0; ++c) {
-    for (int64_t i = 0; i < N; ++i) packed[c * N + i] = i < t.columns ? source[c * x.row_stride + i * x.column_stride] : 0.f;
+    const float* channel = source + c * x.row_stride;
+    for (int64_t i = 0; i < N; ++i) packed[c * N + i] = i < t.columns ? channel[i * x.column_stride] : 0.0f;
   }
   return packed;
 }

@@ -100,11 +100,10 @@ def test_killed_rank_is_restarted_and_ends_where_the_unbroken_run_ends(
     try:
         run.wait_for_checkpoint(15)
         run.kill_rank(1)
-        # Once, but for a busy machine, where the first restart may fail as well.
         resumed_at = run.results()["resumed_at"]
-        assert 1 <= len(resumed_at) <= 2, run.output.read_text()
-        assert all(15 <= step < 55 and step % 3 == 0 for step in resumed_at)
-        assert len(re.findall(r"rank 1 of 2: process", run.output.read_text())) > len(resumed_at)
+        assert len(resumed_at) == 1, run.output.read_text()
+        assert 15 <= resumed_at[0] < 55 and resumed_at[0] % 3 == 0
+        assert len(re.findall(r"rank 1 of 2: process", run.output.read_text())) == 2
         found, expected = run.results(), unbroken.results()
         same = ["recipe", "steps", "sparsity", "layers", *(["epochs", "accuracy"] if strategy == "fsdp" else [])]
         assert {part: found[part] for part in same} == {part: expected[part] for part in same}
